@@ -1,0 +1,303 @@
+"""Pictures to look at: the board of an evaluation, and the files of a snapshot. Read-only, typed, a page at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy.orm import Session, aliased
+
+from components.catalog.database import Catalog
+from components.catalog.models import Evaluation, Generation, Review, Run, Snapshot, SnapshotItem, StageRun, Verdict
+from components.catalog.overview import Gate, Metric, parse_gate, parse_metrics
+from components.catalog.reviews import Standing, standings
+
+Role = Literal["base", "champion", "candidate"]
+ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
+Show = Literal["all", "unrated", "flagged"]
+Pile = Literal["kept", "rejected", "flagged"]
+
+# the board of an evaluation ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationHead:
+    """An evaluation as a list entry."""
+
+    key: str
+    run_uid: str
+    name: str  # of the run that first produced it
+    created_at: datetime
+    decision: str  # of the gate; "" where it has not spoken
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What a board can be cut along."""
+
+    roles: tuple[Role, ...]
+    steps: tuple[int, ...]  # of the candidate's checkpoints
+    takes: int  # most seeds that any prompt was drawn with
+    prompts: int
+    champion_step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDetail:
+    head: EvaluationHead
+    axes: Axes
+    gate: Gate
+    metrics: tuple[Metric, ...]
+    adapter_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One generation as a cell of the board."""
+
+    id: int
+    role: str
+    step: int
+    seed: int
+    prompt: str
+    image_sha256: str
+    metrics: dict[str, Any]
+    standing: Standing
+
+
+@dataclass(frozen=True, slots=True)
+class BoardRow:
+    """One prompt at one seed; a role that was not drawn is absent from `shots`."""
+
+    prompt_index: int
+    prompt: str
+    group: str | None
+    seed: int
+    shots: dict[str, Shot]
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A page of rows in prompt order; `next_from` and `previous_from` are the first prompts of its neighbours."""
+
+    rows: tuple[BoardRow, ...]
+    prompts: int  # that match, over all pages
+    previous_from: int | None
+    next_from: int | None
+
+
+def evaluations(catalog: Catalog, *, limit: int = 50) -> tuple[EvaluationHead, ...]:
+    """The newest evaluations that hold pictures, newest first."""
+    drawn = select(Generation.id).where(Generation.evaluation_key == Evaluation.key).exists()
+    query = _heads().where(drawn).order_by(Evaluation.created_at.desc(), Evaluation.key).limit(limit)
+    with catalog.read() as session:
+        return tuple(_head(*row) for row in session.execute(query).tuples())
+
+
+def evaluation_of_run(catalog: Catalog, run_uid: str) -> str | None:
+    """The evaluation that a run made or adopted."""
+    with catalog.read() as session:
+        return session.scalar(select(StageRun.key).where(StageRun.run_uid == run_uid, StageRun.stage == "evaluate"))
+
+
+def evaluation_detail(catalog: Catalog, key: str) -> EvaluationDetail | None:
+    """One evaluation, or None when the catalog holds no such key."""
+    with catalog.read() as session:
+        row = session.execute(_heads().where(Evaluation.key == key)).tuples().first()
+        if row is None:
+            return None
+        evaluation = row[0]
+        return EvaluationDetail(_head(*row), _axes(session, key), parse_gate(evaluation.verdict),
+                                parse_metrics(evaluation.metrics), evaluation.adapter_sha256)
+
+
+def board(catalog: Catalog, key: str, *, reviewer: str, step: int | None = None, take: int | None = 1,
+          show: Show = "all", search: str = "", start: int = 0, prompts_per_page: int = 20) -> Board:
+    """A page of an evaluation's board, beginning with prompt index `start`.
+
+    `step` chooses the candidate's checkpoint (None: the last); `take` the n-th seed of each prompt (None: all
+    of them). `show` keeps prompts whose candidate this reviewer has not rated, or that anybody flagged.
+    """
+    with catalog.read() as session:
+        if step is None:
+            step = session.scalar(select(func.max(Generation.step)).where(
+                Generation.evaluation_key == key, Generation.role == "candidate"))
+        cells = _cells(key, step, take)
+        wanted = select(cells.prompt_index).distinct().where(*_filters(cells, show, search, reviewer))
+        total = session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        page = list(session.scalars(wanted.where(cells.prompt_index >= start).order_by(cells.prompt_index)
+                                    .limit(prompts_per_page + 1)))
+        before = list(session.scalars(wanted.where(cells.prompt_index < start).order_by(cells.prompt_index.desc())
+                                      .limit(prompts_per_page)))
+        shown = page[:prompts_per_page]
+        rows = session.scalars(select(cells).where(cells.prompt_index.in_(shown))
+                               .order_by(cells.prompt_index, cells.seed)).all()
+        said = standings(session, [row.id for row in rows], reviewer=reviewer)
+    return Board(_board_rows(rows, said), total, before[-1] if before else None,
+                 page[prompts_per_page] if len(page) > prompts_per_page else None)
+
+
+def _heads() -> Select[tuple[Evaluation, str | None]]:
+    return select(Evaluation, Run.name).outerjoin(Run, Run.run_uid == Evaluation.run_uid)
+
+
+def _head(evaluation: Evaluation, name: str | None) -> EvaluationHead:
+    return EvaluationHead(evaluation.key, evaluation.run_uid, name or "a run that is gone", evaluation.created_at,
+                          parse_gate(evaluation.verdict).decision)
+
+
+def _axes(session: Session, key: str) -> Axes:
+    mine = Generation.evaluation_key == key
+    found = session.execute(select(Generation.role, Generation.step).where(mine).distinct()).tuples().all()
+    roles, champion_steps = {role for role, _ in found}, [step for role, step in found if role == "champion"]
+    per_prompt = (select(func.count(Generation.seed.distinct()).label("takes")).where(mine)
+                  .group_by(Generation.prompt_index).subquery())
+    takes, prompts = session.execute(select(func.max(per_prompt.c.takes), func.count())).tuples().one()
+    return Axes(tuple(role for role in ROLES if role in roles),
+                tuple(sorted(step for role, step in found if role == "candidate")), takes or 0, prompts,
+                champion_steps[0] if champion_steps else None)
+
+
+def _cells(key: str, step: int | None, take: int | None) -> Any:
+    """The generations of a board: every role, the candidate at one step, each prompt at its `take`-th seed."""
+    ordinal = func.dense_rank().over(partition_by=Generation.prompt_index, order_by=Generation.seed).label("take")
+    at_step = or_(Generation.role != "candidate", Generation.step == step)
+    ranked = select(Generation, ordinal).where(Generation.evaluation_key == key, at_step).subquery()
+    chosen = select(ranked) if take is None else select(ranked).where(ranked.c.take == take)
+    return aliased(Generation, chosen.subquery())
+
+
+def _filters(cells: Any, show: Show, search: str, reviewer: str) -> list[ColumnElement[bool]]:
+    found: list[ColumnElement[bool]] = []
+    if search.strip():
+        found.append(cells.prompt.icontains(search.strip(), autoescape=True))
+    if show == "unrated":
+        rated = _newest_value(cells, "stars", Review.reviewer == reviewer)
+        found += [cells.role == "candidate", func.coalesce(rated, 0) == 0]
+    if show == "flagged":
+        later = aliased(Review)
+        overruled = select(later.id).where(later.generation_id == Review.generation_id, later.kind == "flag",
+                                           later.reviewer == Review.reviewer, later.id > Review.id).exists()
+        found.append(select(Review.id).where(Review.generation_id == cells.id, Review.kind == "flag",
+                                             Review.value == 1, ~overruled).exists())
+    return found
+
+
+def _newest_value(cells: Any, kind: str, by: ColumnElement[bool]) -> Any:
+    return (select(Review.value).where(Review.generation_id == cells.id, Review.kind == kind, by)
+            .order_by(Review.id.desc()).limit(1).scalar_subquery())
+
+
+def _board_rows(generations: Sequence[Generation], said: dict[int, Standing]) -> tuple[BoardRow, ...]:
+    rows: dict[tuple[int, int], BoardRow] = {}
+    for g in generations:
+        row = rows.setdefault((g.prompt_index, g.seed), BoardRow(g.prompt_index, g.prompt, g.group, g.seed, {}))
+        row.shots[g.role] = Shot(g.id, g.role, g.step, g.seed, g.prompt, g.image_sha256, g.metrics,
+                                 said.get(g.id, Standing()))
+    return tuple(rows.values())
+
+
+# the files of a snapshot ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotHead:
+    """A version of a dataset."""
+
+    id: int
+    dataset: str
+    version: int
+    digest: str
+    kept: int
+    rejected: int
+    flagged: int  # kept files that carry a flag
+    created_at: datetime
+    profile: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A check's word on a file."""
+
+    check: str
+    decision: str  # flag or reject
+    score: float | None
+    threshold: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A file of a snapshot with the findings about it."""
+
+    ordinal: int
+    file_name: str
+    sha256: str | None  # None: could not be read
+    caption: str
+    kept: bool
+    split: str | None
+    group: str | None
+    width: int | None
+    height: int | None
+    licence: str | None
+    author: str | None
+    source: str | None
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePage:
+    """A page of files in snapshot order; neighbours begin at the given ordinals."""
+
+    samples: tuple[Sample, ...]
+    previous_from: int | None
+    next_from: int | None
+
+
+def snapshots(catalog: Catalog, *, limit: int = 100) -> tuple[SnapshotHead, ...]:
+    """Snapshots, newest first."""
+    flagged = (select(func.count(Verdict.ordinal.distinct()))
+               .where(Verdict.snapshot_id == Snapshot.id, Verdict.decision == "flag").scalar_subquery())
+    query = select(Snapshot, flagged).order_by(Snapshot.created_at.desc(), Snapshot.id.desc()).limit(limit)
+    with catalog.read() as session:
+        return tuple(SnapshotHead(s.id, s.dataset, s.version, s.digest, s.kept, s.rejected, count, s.created_at, s.profile)
+                     for s, count in session.execute(query).tuples())
+
+
+def findings_by_check(catalog: Catalog, snapshot_id: int) -> tuple[tuple[str, str, int], ...]:
+    """(decision, check, number of files), most files first."""
+    files = func.count(Verdict.ordinal.distinct())
+    query = (select(Verdict.decision, Verdict.check, files).where(Verdict.snapshot_id == snapshot_id)
+             .group_by(Verdict.decision, Verdict.check).order_by(files.desc(), Verdict.check))
+    with catalog.read() as session:
+        return tuple(session.execute(query).tuples())
+
+
+def samples(catalog: Catalog, snapshot_id: int, *, pile: Pile = "kept", check: str | None = None, search: str = "",
+            start: int = 0, limit: int = 60) -> SamplePage:
+    """A page of a snapshot's files, beginning with ordinal `start`; `check` keeps those with a finding of that name."""
+    mine = [SnapshotItem.snapshot_id == snapshot_id, SnapshotItem.kept.is_(pile != "rejected")]
+    if pile == "flagged" or check is not None:
+        decision = "reject" if pile == "rejected" else "flag"
+        said = select(Verdict.id).where(Verdict.snapshot_id == snapshot_id, Verdict.ordinal == SnapshotItem.ordinal,
+                                        Verdict.decision == decision)
+        mine.append((said if check is None else said.where(Verdict.check == check)).exists())
+    if search.strip():
+        mine.append(or_(SnapshotItem.caption.icontains(search.strip(), autoescape=True),
+                        SnapshotItem.file_name.icontains(search.strip(), autoescape=True)))
+    matching = select(SnapshotItem).where(and_(*mine))
+    with catalog.read() as session:
+        items = list(session.scalars(matching.where(SnapshotItem.ordinal >= start).order_by(SnapshotItem.ordinal)
+                                     .limit(limit + 1)))
+        before = list(session.scalars(matching.where(SnapshotItem.ordinal < start).order_by(SnapshotItem.ordinal.desc())
+                                      .limit(limit)))
+        shown = items[:limit]
+        findings: dict[int, list[Finding]] = {}
+        for v in session.scalars(select(Verdict).where(Verdict.snapshot_id == snapshot_id,
+                                                       Verdict.ordinal.in_([item.ordinal for item in shown]))):
+            findings.setdefault(v.ordinal, []).append(Finding(v.check, v.decision, v.score, v.threshold, v.reason))
+    return SamplePage(
+        tuple(Sample(i.ordinal, i.file_name, i.sha256, i.caption, i.kept, i.split, i.group, i.width, i.height, i.licence,
+                     i.author, i.source, tuple(findings.get(i.ordinal, ()))) for i in shown),
+        before[-1].ordinal if before else None, items[limit].ordinal if len(items) > limit else None)

@@ -1,0 +1,194 @@
+"""The recipe: every setting of a retraining and every default, once. A TOML file, a flag or a variable fills these fields."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from components.errors import RecipeError
+
+
+class Config(BaseModel, frozen=True, extra="forbid"):
+    """Frozen, and an unknown key is an error."""
+
+
+class DataSource(Config):
+    path: str = Field(description="A folder of pictures with captions; relative paths count from the recipe's folder.")
+    licence: str | None = Field(None, description="SPDX id for pictures that state none themselves.")
+    caption_lines: Literal["first", "whole"] = Field("first", description="What of a caption file is the caption.")
+
+
+class DataConfig(Config):
+    sources: tuple[DataSource, ...] = Field(min_length=1, description="Read in this order.")
+
+
+class CurationConfig(Config):
+    min_side: int | Literal["auto"] = Field("auto", description="Smallest side in pixels; auto: min(200, training size).")
+    max_aspect: float = Field(3.0, gt=1, description="Longest side over shortest side.")
+    near_duplicates: bool = Field(True, description="Keep one of each group of near duplicates.")
+    phash_distance: int = Field(6, ge=0, le=64, description="pHash bits in which near duplicates may differ.")
+    dhash_distance: int = Field(8, ge=0, le=64, description="dHash bits in which near duplicates may differ.")
+    colour_distance: float = Field(12.0, ge=0, description="Mean RGB distance (0-441) up to which colours are close.")
+    min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are flagged.")
+    strict: bool = Field(False, description="Stop at the first rejected file instead of recording a verdict.")
+    test_fraction: float = Field(0.1, ge=0, lt=1, description="Share of components held out where the data names no split.")
+    split_salt: str = Field("safelight", description="Seeds the hash that assigns components to splits.")
+
+
+class BaseModelConfig(Config):
+    model: str = Field("embedded", description='"embedded", a folder in diffusers layout, or a hub id.')
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="Commit of a hub model, 40 hex digits.")
+
+
+class TrainingConfig(Config):
+    adapter: Literal["lora"] = Field("lora", description="Kind of adapter.")
+    rank: int = Field(16, ge=1, description="LoRA rank r; the update is scaled by lora_alpha / r.")
+    lora_alpha: float = Field(16.0, gt=0, description="Numerator of the scale.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: Literal["attention", "attention-mlp", "all-linear", "all"] = Field(
+        "attention-mlp", description="Layers that take an adapter; all: convolutions too.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    optimizer: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta2.")
+    lr_scheduler: Literal["constant", "cosine", "linear"] = Field("constant", description="Shape after the warm-up.")
+    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    max_train_steps: int = Field(600, ge=1, description="Optimizer steps.")
+    train_batch_size: int = Field(16, ge=1, description="Samples in one forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes for one optimizer step.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    resolution: int | Literal["auto"] = Field("auto", description="Training size in pixels; auto: the base model's own.")
+    seed: int = Field(42, ge=0, description="Seeds weights, order, noise and times.")
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction"] = Field(
+        "auto", description="What the model predicts; auto: as the base's scheduler says.")
+    timestep_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="Density of training times.")
+    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR-gamma loss weighting (epsilon and v); none: off.")
+    caption_dropout_rate: float = Field(0.1, ge=0, lt=1, description="Share of steps that see the empty prompt.")
+    checkpointing_steps: int = Field(100, ge=1, description="Steps between checkpoints.")
+    validation_times: int = Field(8, ge=1, description="Stratified times of the fixed-noise validation loss.")
+    validation_items: int = Field(96, ge=1, description="Held-out samples that the validation loss uses at most.")
+    preview_prompts: int = Field(8, ge=0, description="Fixed prompts drawn at every checkpoint.")
+    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, none on the CPU.")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.lr_warmup_steps > self.max_train_steps:
+            raise ValueError(f"lr_warmup_steps {self.lr_warmup_steps} is more than max_train_steps {self.max_train_steps}")
+        return self
+
+
+class EvaluationConfig(Config):
+    prompts: int = Field(100, ge=1, description="Held-out captions drawn once per seed.")
+    seeds_per_prompt: int = Field(1, ge=1, description="Seeds for each of them.")
+    variety_prompts: int = Field(20, ge=0, description="Of these, prompts that are drawn with more seeds for variety.")
+    variety_seeds: int = Field(4, ge=2, description="Seeds for each variety prompt.")
+    num_inference_steps: int = Field(25, ge=1, description="Sampler steps.")
+    guidance_scale: float = Field(4.0, ge=1, description="Classifier-free guidance; 1: off.")
+    scheduler: Literal["auto", "dpmsolver++", "ddim", "euler", "unipc"] = Field("auto", description="auto: the base's own.")
+    embedder: str = Field("auto", description='Feature space of the metrics; auto: "imagenet", which is offline.')
+    seed: int = Field(0, ge=0, description="First seed of the gallery.")
+    batch_size: int = Field(20, ge=1, description="Micro-batch of generation, always full: bits depend on it.")
+    palette: dict[str, str] = Field({}, description='Colour words and their "#rrggbb": adds the metric colour_match.')
+
+    @field_validator("palette")
+    @classmethod
+    def _hex_colours(cls, palette: dict[str, str]) -> dict[str, str]:
+        for word, colour in palette.items():
+            if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour):
+                raise ValueError(f"colour {word!r} is {colour!r}, expected #rrggbb")
+        return palette
+
+
+class PromotionConfig(Config):
+    policy: Literal["review", "auto"] = Field("review", description="auto: the gate's promotion moves the champion alias.")
+    primary: str = Field("kid", description="Metric that decides; its better direction is the metric's own.")
+    min_gain: float = Field(0.0, ge=0, description="The lower bound of the gain must exceed this.")
+    prompt_match_margin: float = Field(0.05, ge=0, description="Loss of prompt match against the base that is allowed.")
+    variety_ratio: float = Field(0.8, gt=0, description="Variety must stay above this share of the base's.")
+    max_copy_rate: float = Field(0.05, gt=0, lt=1, description="Upper bound of the share of near copies.")
+    min_prompts: int = Field(30, ge=1, description="Fewer prompts: hold, insufficient.")
+
+
+class Recipe(Config):
+    """The whole configuration of a retraining."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="Registered model and experiment name.")
+    data: DataConfig
+    curation: CurationConfig = CurationConfig()
+    base: BaseModelConfig = BaseModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    promotion: PromotionConfig = PromotionConfig()
+
+
+def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None = None) -> Recipe:
+    """Read a recipe. `overrides` are `section.key=value` in TOML syntax; `data` replaces the recipe's sources.
+
+    Paths in the recipe count from its own folder. Raises RecipeError, one line, naming the key and what would do.
+    """
+    try:
+        body = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; `safelight init` writes one to start from") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder, expected a TOML recipe; pass folders with --data") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}; fix that place") from None
+    for override in overrides:
+        _apply(body, override)
+    if data is not None:
+        body.setdefault("data", {})["sources"] = [{"path": str(data.resolve())}]
+    recipe = parse_recipe(body, origin=str(path))
+    sources = tuple(
+        source.model_copy(update={"path": str((path.parent / Path(source.path).expanduser()).resolve())})
+        for source in recipe.data.sources
+    )
+    return recipe.model_copy(update={"data": DataConfig(sources=sources)})
+
+
+def parse_recipe(body: dict[str, Any], *, origin: str) -> Recipe:
+    """Validate a recipe's document. Raises RecipeError with every fault on one line."""
+    try:
+        return Recipe.model_validate(body)
+    except ValidationError as error:
+        faults = "; ".join(_describe(fault) for fault in error.errors())
+        raise RecipeError(f"{origin}: {faults}") from None
+
+
+def _describe(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]), n=1, cutoff=0.5)
+        return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else "; remove it")
+    if fault["type"] == "missing":
+        return f"{where!r} is missing; add it"
+    return f"{where!r} is {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = DataSource if part == "sources" else annotation
+    return list(model.model_fields)
+
+
+def _apply(body: dict[str, Any], override: str) -> None:
+    key, found, value = override.partition("=")
+    if not found or not key.strip():
+        raise RecipeError(f"--set {override!r}: expected section.key=value, for example training.rank=32")
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        body = body.setdefault(section, {})
+        if not isinstance(body, dict):
+            raise RecipeError(f"--set {override!r}: {section!r} is a value, not a section")
+    try:
+        body[leaf] = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        body[leaf] = value.strip()  # a bare word is a string

@@ -1,0 +1,236 @@
+"""The demo's data: Font Awesome's pictograms drawn as the app icons of an imagined brand, in its five colours.
+
+Written as an ordinary image folder, the kind a user would bring. Concepts of the held-out part are absent from the
+training part, so that an adapter has to carry the style over to things it was never shown in that style.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from components.curation.duplicates import dhash, phash
+from components.errors import BadInput
+from components.storage import atomic_write
+
+SIZE = 64  # px, the resolution of the embedded base
+OVERSAMPLING = 4  # drawn larger, then reduced: smooth edges
+MARGIN, RADIUS, GLYPH_BOX = 3, 14, 38  # px of the final icon; the glyph's box leaves the ring of `background_colour` free
+RING = (0.08, 0.14)  # of the icon's side, counted from its edge
+RING_CORNER = 0.28  # of the side: the ring's corners, where the rounded square ends, are left out
+HELD_OUT_CONCEPTS = 60
+SALT = "app-icons"
+SAME_SHAPE_BITS = (8, 10)  # of pHash and dHash: a training glyph this close to a held-out one is left out
+
+PALETTE: dict[str, tuple[int, int, int]] = {  # a word the base knows, and the brand's own shade of it
+    "red": (222, 52, 62),
+    "orange": (247, 140, 32),
+    "green": (34, 160, 92),
+    "blue": (38, 112, 230),
+    "purple": (128, 66, 190),
+}
+
+LICENCE, AUTHOR, SOURCE = "CC-BY-4.0", "Fonticons, Inc.", "https://fontawesome.com"
+ATTRIBUTION_NAME, METADATA_NAME = "ATTRIBUTION.md", "metadata.jsonl"
+ATTRIBUTION = """# Attribution
+The pictograms are from Font Awesome Free 6.6.0 by Fonticons, Inc. (https://fontawesome.com), licensed under
+Creative Commons Attribution 4.0 International (https://creativecommons.org/licenses/by/4.0/).
+
+Changes: each glyph was drawn in white on a rounded square of one of five colours and reduced to 64x64 pixels.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pictogram:
+    """A glyph of the font, with the words for it and the concept it belongs to."""
+
+    glyph: str  # Font Awesome's name
+    concept: str
+    words: str  # what the caption calls it
+
+
+@dataclass(frozen=True, slots=True)
+class Icon:
+    """One picture to draw."""
+
+    pictogram: Pictogram
+    colour: str
+    split: str  # "train" or "test"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.split}/{self.pictogram.glyph}-{self.colour}.png"
+
+    @property
+    def caption(self) -> str:
+        return caption(self.pictogram.words, self.colour)
+
+
+@dataclass(frozen=True, slots=True)
+class IconCounts:
+    """What `write_icons` wrote, in pictures and concepts."""
+
+    train: int
+    test: int
+    train_concepts: int
+    test_concepts: int
+
+
+def caption(words: str, colour: str) -> str:
+    """The prompt for an icon: `caption("rocket", "red")` is "rocket, red app icon"."""
+    return f"{words}, {colour} app icon"
+
+
+def pictograms() -> list[Pictogram]:
+    """Every pictogram of the demo, as the table beside this module lists them."""
+    found = []
+    for line in Path(__file__).with_name("pictograms.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            concept, _, glyphs = line.partition(": ")
+            for entry in glyphs.split():
+                glyph, _, words = entry.partition("=")
+                found.append(Pictogram(glyph, concept, words.replace("_", " ") or concept))
+    return found
+
+
+def draw_icon(glyph: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """A white glyph on a rounded square of `colour`, white outside; RGB, SIZE x SIZE. `glyph`: from `Glyphs.mask`."""
+    side = SIZE * OVERSAMPLING
+    icon = Image.new("RGB", (side, side), "white")
+    margin = MARGIN * OVERSAMPLING
+    square = (margin, margin, side - margin - 1, side - margin - 1)
+    ImageDraw.Draw(icon).rounded_rectangle(square, RADIUS * OVERSAMPLING, fill=colour)
+    icon.paste("white", (0, 0), glyph)
+    return icon.reduce(OVERSAMPLING)
+
+
+class Glyphs:
+    """The solid font: glyph name -> coverage mask. Raises BadInput when the font's package is not installed."""
+
+    def __init__(self) -> None:
+        spec = find_spec("fontawesomefree")
+        if spec is None or spec.origin is None:
+            raise BadInput("fontawesomefree is not installed, and the demo draws its icons from it; "
+                           "install safelight with its 'demo' extra")
+        root = Path(spec.origin).parent / "static" / "fontawesomefree"
+        table = json.loads((root / "metadata" / "icons.json").read_text(encoding="utf-8"))
+        self._characters = {name: chr(int(icon["unicode"], 16)) for name, icon in table.items()
+                            if "solid" in icon["styles"]}
+        self._font = str(root / "webfonts" / "fa-solid-900.ttf")
+
+    def mask(self, glyph: str) -> Image.Image:
+        """Coverage of the glyph, mode L, scaled to fit GLYPH_BOX and centred in the oversampled icon."""
+        character, box, side = self._characters[glyph], GLYPH_BOX * OVERSAMPLING, SIZE * OVERSAMPLING
+        left, top, right, bottom = ImageFont.truetype(self._font, box).getbbox(character)
+        font = ImageFont.truetype(self._font, int(box * box / max(right - left, bottom - top)))
+        left, top, right, bottom = font.getbbox(character)
+        mask = Image.new("L", (side, side))
+        origin = ((side - left - right) / 2, (side - top - bottom) / 2)
+        ImageDraw.Draw(mask).text(origin, character, fill=255, font=font)
+        return mask
+
+
+def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
+    """Which icons the demo consists of; a function of the pictogram table and of the words the base knows.
+
+    Held out are HELD_OUT_CONCEPTS concepts whose every word is known, chosen by a salted hash, each in all colours.
+    A training concept named after a held-out one ("open book" beside "book"), and a training glyph shaped like a
+    held-out one, are left out.
+    """
+    by_concept: dict[str, list[Pictogram]] = {}
+    for pictogram in pictograms():
+        by_concept.setdefault(pictogram.concept, []).append(pictogram)
+    known = {word.lower() for word in known_words}
+    eligible = sorted((c for c in by_concept if set(c.split()) <= known), key=_lot)
+    held_out = _without_namesakes(eligible)[:HELD_OUT_CONCEPTS]
+    test = [by_concept[concept][0] for concept in held_out]
+    shapes = [_shape(glyphs, pictogram) for pictogram in test]
+
+    icons = [Icon(pictogram, colour, "test") for pictogram in test for colour in PALETTE]
+    for concept, members in by_concept.items():
+        if concept in held_out or any(_named_after(concept, other) for other in held_out):
+            continue
+        for pictogram in members:
+            if not any(_alike(_shape(glyphs, pictogram), shape) for shape in shapes):
+                icons += [Icon(pictogram, colour, "train") for colour in _some_colours(pictogram)]
+    return sorted(icons, key=lambda icon: icon.file_name)
+
+
+def write_icons(folder: Path, known_words: Collection[str]) -> IconCounts:
+    """Draw the demo's icons into `folder` with `metadata.jsonl`, which comes last, and the attribution they need."""
+    glyphs = Glyphs()
+    icons = plan_icons(known_words, glyphs)
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+    masks: dict[str, Image.Image] = {}
+    for icon in icons:
+        mask = masks.setdefault(icon.pictogram.glyph, glyphs.mask(icon.pictogram.glyph))
+        draw_icon(mask, PALETTE[icon.colour]).save(folder / icon.file_name, optimize=True)
+    (folder / ATTRIBUTION_NAME).write_text(ATTRIBUTION, encoding="utf-8")
+    with atomic_write(folder / METADATA_NAME) as table:
+        for icon in icons:
+            table.write(json.dumps(_row(icon), ensure_ascii=False).encode() + b"\n")
+    return _count(icons)
+
+
+def background_colour(image: Image.Image) -> str:
+    """The palette's name for an icon's ground: nearest to the median of a ring 8 to 14 % inside the edge.
+
+    The ring's corners are left out, since there the rounded square ends.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)  # (H, W, 3)
+    height, width = pixels.shape[:2]
+    y = np.minimum(np.arange(height) + 0.5, height - np.arange(height) - 0.5) / height  # distance to the nearer edge
+    x = np.minimum(np.arange(width) + 0.5, width - np.arange(width) - 0.5) / width
+    distance, other = np.minimum.outer(y, x), np.maximum.outer(y, x)
+    ring = (distance >= RING[0]) & (distance <= RING[1]) & (other >= RING_CORNER)
+    median = np.median(pixels[ring], axis=0)
+    return min(PALETTE, key=lambda name: float(np.square(median - PALETTE[name]).sum()))
+
+
+def _row(icon: Icon) -> dict[str, str]:
+    return {"file_name": icon.file_name, "text": icon.caption, "group": icon.pictogram.concept, "split": icon.split,
+            "licence": LICENCE, "author": AUTHOR, "source": SOURCE}
+
+
+def _count(icons: list[Icon]) -> IconCounts:
+    train = [icon for icon in icons if icon.split == "train"]
+    test = [icon for icon in icons if icon.split == "test"]
+    return IconCounts(len(train), len(test), len({i.pictogram.concept for i in train}),
+                      len({i.pictogram.concept for i in test}))
+
+
+def _lot(name: str) -> str:
+    return hashlib.sha256(f"{SALT}\0{name}".encode()).hexdigest()
+
+
+def _some_colours(pictogram: Pictogram) -> Iterator[str]:
+    """Two or three colours of the palette, by lot."""
+    lot = _lot(pictogram.glyph)
+    yield from sorted(PALETTE, key=lambda colour: _lot(f"{pictogram.glyph}/{colour}"))[: 2 + int(lot[0], 16) % 2]
+
+
+def _named_after(concept: str, other: str) -> bool:
+    return set(other.split()) <= set(concept.split()) or set(concept.split()) <= set(other.split())
+
+
+def _without_namesakes(concepts: list[str]) -> list[str]:
+    kept: list[str] = []
+    for concept in concepts:
+        if not any(_named_after(concept, other) for other in kept):
+            kept.append(concept)
+    return kept
+
+
+def _shape(glyphs: Glyphs, pictogram: Pictogram) -> tuple[int, int]:
+    icon = draw_icon(glyphs.mask(pictogram.glyph), PALETTE["blue"])
+    return phash(icon), dhash(icon)
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return all((a ^ b).bit_count() <= limit for a, b, limit in zip(one, other, SAME_SHAPE_BITS, strict=True))

@@ -1,0 +1,62 @@
+"""Random draws as pure functions of (seed, step, sample id, purpose).
+
+No generator is carried along: what one sample draws in one step depends neither on its neighbours in the batch nor on
+what was drawn before, so a resumed run repeats an unbroken one, and worker count and batch order change nothing.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The randomness of one batch in one step; row i belongs to `sample_ids[i]`."""
+
+    seed: int
+    step: int
+    sample_ids: tuple[str, ...]
+
+    def normal(self, shape: Sequence[int], purpose: str = "noise") -> Tensor:
+        """Standard normal numbers of `shape` (B, ...), float32 on the CPU, where B = len(sample_ids).
+
+        Raises: ValueError when the first dimension is not the batch size.
+        """
+        self._check(shape[0])
+        return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in self._generators(purpose)])
+
+    def uniform(self, size: int, purpose: str = "time") -> Tensor:
+        """(B,) float64 numbers strictly between 0 and 1. Raises: ValueError when `size` is not the batch size."""
+        self._check(size)
+        unit = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(purpose)]
+        return torch.stack(unit).clamp(2**-53, 1 - 2**-53)
+
+    def _check(self, size: int) -> None:
+        if size != len(self.sample_ids):
+            raise ValueError(f"asked to draw for {size} samples, but the batch has {len(self.sample_ids)}")
+
+    def _generators(self, purpose: str) -> list[torch.Generator]:
+        seen: Counter[str] = Counter()
+        generators = []
+        for sample_id in self.sample_ids:
+            key = f"{self.seed}/{self.step}/{purpose}/{sample_id}"
+            if seen[sample_id]:  # a small data set fills a batch with repeats, which must not draw the same noise
+                key += f"/{seen[sample_id]}"
+            seen[sample_id] += 1
+            digest = hashlib.sha256(key.encode()).digest()
+            generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little")))
+        return generators
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """All the randomness of a training run: `draws(step, sample_ids)` is the `Draw` of one batch."""
+
+    seed: int
+
+    def __call__(self, step: int, sample_ids: Sequence[str]) -> Draw:
+        return Draw(self.seed, step, tuple(sample_ids))

@@ -1,0 +1,8 @@
+"""Model families: how an architecture is loaded, encoded, denoised and adapted. A new one is one file and one line here."""
+
+from components.families.family import Family
+from components.families.stable_diffusion import StableDiffusion
+
+FAMILIES: dict[str, Family] = {  # by the class name in model_index.json
+    "StableDiffusionPipeline": StableDiffusion(),
+}

@@ -1,0 +1,54 @@
+"""Aspect buckets: the picture sizes that are trained, and which of them a picture goes to."""
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image
+
+from components.families.family import Geometry
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A training size in pixels."""
+
+    width: int
+    height: int
+
+
+def buckets(resolution: int, geometry: Geometry, *, max_aspect: float = 2.0) -> tuple[Bucket, ...]:
+    """Every size whose area is at most resolution**2, sides multiples of the family's step, widest last.
+
+    For each width the tallest fitting height is taken; sides shorter than the family's minimum are left out. A base too
+    small for more than one has the square alone.
+    """
+    step, longest = geometry.side_step, int(resolution * math.sqrt(max_aspect)) // geometry.side_step * geometry.side_step
+    sizes = {Bucket(resolution // step * step, resolution // step * step)}
+    for width in range(geometry.min_side, max(longest, resolution) + 1, step):
+        height = min(resolution * resolution // width // step * step, max(longest, resolution))
+        if height >= geometry.min_side:
+            sizes.add(Bucket(width, height))
+    return tuple(sorted(sizes))
+
+
+def assign(width: int, height: int, sizes: tuple[Bucket, ...]) -> Bucket:
+    """The bucket whose aspect ratio is nearest in log space; of equals the larger."""
+    aspect = math.log(width / height)
+    return min(sizes, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.width * b.height))
+
+
+def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
+    """Resize to cover the bucket (Lanczos), then crop the centre. A picture of the bucket's size is left as it is."""
+    if image.size == (bucket.width, bucket.height):
+        return image
+    scale = max(bucket.width / image.width, bucket.height / image.height)
+    size = (max(bucket.width, round(image.width * scale)), max(bucket.height, round(image.height * scale)))
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - bucket.width) // 2, (size[1] - bucket.height) // 2
+    return resized.crop((left, top, left + bucket.width, top + bucket.height))
+
+
+def cropped_share(width: int, height: int, bucket: Bucket) -> float:
+    """Share of a picture's area, 0 to 1, that `fit` cuts off."""
+    scale = max(bucket.width / width, bucket.height / height)
+    return 1.0 - bucket.width * bucket.height / (width * scale * height * scale)

@@ -1,0 +1,78 @@
+"""The cache stage: latents for every kept picture, embeddings for every caption it will be asked for."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+
+from components.curation.snapshots import SampleRow
+from components.families.bases import BaseModel
+from components.latents.buckets import Bucket
+from components.latents.encoding import Tensors, encode_missing, locate, pixels_of, shard_refs
+from components.latents.keys import (
+    NULL_PROMPT,
+    Item,
+    caption_item,
+    pixel_encoder_key,
+    prompt_encoder_key,
+    sample_item,
+    training_buckets,
+)
+from components.stages import Bench, Product, canonical_json
+from components.tensors import default_device
+
+
+def cache_latents(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int,
+                  on_progress: Callable[[int, int], None]) -> Product:
+    """Encode what is not yet encoded of a snapshot. The product's outputs are the shards; facts count the encodes."""
+    sizes = training_buckets(base, resolution)
+    images = [sample_item(row, sizes) for row in rows]
+    captions = [caption_item(text) for text in sorted({row.text for row in rows} | {NULL_PROMPT})]
+    total, done = len({item.key for item in images}) + len(captions), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    encoded_captions = _encode_captions(bench, base, captions, advance)
+    encoded_images = _encode_images(bench, base, images, advance)
+    places = (locate(bench.catalog, pixel_encoder_key(base), [item.key for item in images])
+              | locate(bench.catalog, prompt_encoder_key(base), [item.key for item in captions]))
+    index = bench.store.put(canonical_json({key: list(place) for key, place in sorted(places.items())}))
+    per_bucket: dict[str, int] = defaultdict(int)
+    for item in images:
+        assert item.bucket is not None
+        per_bucket[f"{item.bucket.width}x{item.bucket.height}"] += 1
+    return Product({"index": index} | shard_refs(bench.store, places.values()),
+                   {"buckets": dict(sorted(per_bucket.items())), "encoded_images": encoded_images,
+                    "encoded_captions": encoded_captions}, items=encoded_images + encoded_captions)
+
+
+def _encode_captions(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
+    encoder = None
+
+    def encode(batch: list[Item]) -> Tensors:
+        nonlocal encoder
+        encoder = encoder or base.architecture.load_prompt_encoder(base.path, default_device())
+        return encoder.encode([item.caption for item in batch])
+
+    return encode_missing(bench, prompt_encoder_key(base), items, encode, advance)
+
+
+def _encode_images(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
+    encoder = None
+
+    def encode(batch: list[Item]) -> Tensors:
+        nonlocal encoder
+        encoder = encoder or base.architecture.load_pixel_encoder(base.path, default_device())
+        return {name: tensor.to(torch.float16) for name, tensor in encoder.encode(pixels_of(bench.store, batch)).items()}
+
+    count = 0
+    by_bucket: dict[Bucket, list[Item]] = defaultdict(list)
+    for item in items:
+        assert item.bucket is not None
+        by_bucket[item.bucket].append(item)
+    for bucket in sorted(by_bucket):
+        count += encode_missing(bench, pixel_encoder_key(base), by_bucket[bucket], encode, advance)
+    return count

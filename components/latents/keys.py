@@ -1,0 +1,72 @@
+"""What a cached item is called: what it was made from, under an encoder key that holds everything else it depends on.
+
+An item's key is the digest of decoded pixels with their bucket, or of a caption's text. An encoder's key is the digest of
+its weights, the precision stored and the version of the encoding code. The flow uses this module, so it knows no torch.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+from components.config import TrainingConfig
+from components.curation.snapshots import SampleRow
+from components.families.bases import BaseModel
+from components.latents.buckets import Bucket, assign, buckets
+from components.stages import canonical_json, stage_key
+
+ENCODING_VERSION = 1  # raise when encoding.py changes what it stores
+NULL_PROMPT = ""  # what classifier-free guidance and caption dropout are conditioned on
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Something to encode: `key` says what it is made from."""
+
+    key: str
+    bytes_sha256: str = ""  # of the picture in the store
+    bucket: Bucket | None = None
+    caption: str = ""
+
+
+def image_item(sha256: str, rgb_digest: str, bucket: Bucket) -> Item:
+    return Item(f"{rgb_digest}@{bucket.width}x{bucket.height}", sha256, bucket)
+
+
+def caption_item(caption: str) -> Item:
+    return Item(hashlib.sha256(caption.encode()).hexdigest(), caption=caption)
+
+
+def pixel_encoder_key(base: BaseModel) -> str:
+    """Everything that latents depend on besides the picture and its bucket."""
+    return _key({"kind": "latents", "weights": base.digest_of(base.architecture.pixel_parts), "dtype": "float16",
+                 "version": ENCODING_VERSION})
+
+
+def prompt_encoder_key(base: BaseModel) -> str:
+    """Everything that prompt embeddings depend on besides the caption."""
+    return _key({"kind": "prompts", "weights": base.digest_of(base.architecture.prompt_parts), "dtype": "float32",
+                 "version": ENCODING_VERSION})
+
+
+def _key(body: dict[str, object]) -> str:
+    return hashlib.sha256(canonical_json(body)).hexdigest()[:32]
+
+
+def training_size(base: BaseModel, training: TrainingConfig) -> int:
+    """The side in pixels that this recipe trains at."""
+    if training.resolution == "auto":
+        return base.architecture.geometry(base.path).resolution
+    return training.resolution
+
+
+def training_buckets(base: BaseModel, resolution: int) -> tuple[Bucket, ...]:
+    return buckets(resolution, base.architecture.geometry(base.path))
+
+
+def cache_key(snapshot_digest: str, base: BaseModel, resolution: int) -> str:
+    return stage_key("cache", inputs={"snapshot": snapshot_digest, "pixel_encoder": pixel_encoder_key(base),
+                                      "prompt_encoder": prompt_encoder_key(base)},
+                     config={"resolution": resolution})
+
+
+def sample_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item:
+    return image_item(row.sha256, row.rgb_digest, assign(row.width, row.height, sizes))

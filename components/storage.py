@@ -1,0 +1,122 @@
+"""Content-addressed objects: immutable bytes named by their sha256, written so that a crash leaves all or nothing."""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from components.errors import DamagedArtifact, StorageFull
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRef:
+    """A stored object: `sha256` (64 hex) of its bytes and their number."""
+
+    sha256: str
+    bytes: int
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, 64 hex digits, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Write `path` through a temporary name in the same folder: fsync, rename, fsync the folder.
+
+    The file appears whole or not at all. Raises StorageFull, naming the path, when the disk has no room.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+        fsync_dir(path.parent)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise StorageFull(
+                f"{path}: no space left to write it ({free} bytes free); free some space and run the same command again"
+            ) from error
+        raise
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Objects under `root`, each at `ab/cdef...` after its sha256."""
+
+    root: Path
+
+    def path(self, sha256: str) -> Path:
+        return self.root / sha256[:2] / sha256[2:]
+
+    def put(self, data: bytes) -> ObjectRef:
+        """Keep `data`; writing the same bytes twice writes once."""
+        ref = ObjectRef(hashlib.sha256(data).hexdigest(), len(data))
+        if not self.intact(ref):
+            with atomic_write(self.path(ref.sha256)) as file:
+                file.write(data)
+        return ref
+
+    def put_file(self, path: Path) -> ObjectRef:
+        """Keep a copy of the file's present bytes; the file itself is left alone."""
+        ref = ObjectRef(sha256_of(path), path.stat().st_size)
+        if not self.intact(ref):
+            digest = hashlib.sha256()
+            with path.open("rb") as source, atomic_write(self.path(ref.sha256)) as target:
+                while chunk := source.read(CHUNK):
+                    digest.update(chunk)
+                    target.write(chunk)
+                if digest.hexdigest() != ref.sha256:
+                    raise DamagedArtifact(f"{path}: changed while it was being read; run the same command again")
+        return ref
+
+    def holds(self, ref: ObjectRef) -> bool:
+        """Whether an object of this name and size is there (its bytes are not hashed)."""
+        try:
+            return self.path(ref.sha256).stat().st_size == ref.bytes
+        except FileNotFoundError:
+            return False
+
+    def intact(self, ref: ObjectRef) -> bool:
+        """Whether the object is there and its bytes still hash to its name."""
+        return self.holds(ref) and sha256_of(self.path(ref.sha256)) == ref.sha256
+
+    def read(self, sha256: str) -> bytes:
+        """The object's bytes, verified. Raises DamagedArtifact if they are gone or altered."""
+        try:
+            data = self.path(sha256).read_bytes()
+        except FileNotFoundError:
+            raise DamagedArtifact(f"object {sha256} is gone from {self.root}; run the stage that made it again") from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedArtifact(f"object {sha256} in {self.root} was altered; run the stage that made it again")
+        return data

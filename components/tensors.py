@@ -1,0 +1,28 @@
+"""Safetensors bytes that depend on nothing but their content: the library's own writer orders metadata at random."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+
+def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Serialise with the metadata's keys sorted, so that equal content has equal bytes.
+
+    Format: 8 bytes little-endian header length, JSON header, data (github.com/huggingface/safetensors, README).
+    """
+    plain = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+    length = int.from_bytes(plain[:8], "little")
+    header = json.loads(plain[8 : 8 + length])
+    header.pop("__metadata__", None)
+    body = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
+    encoded = json.dumps(body | dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data starts 8-byte aligned
+    return len(encoded).to_bytes(8, "little") + encoded + plain[8 + length :]
+
+
+def default_device() -> str:
+    """Where torch work runs: the first CUDA device, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

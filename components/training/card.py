@@ -1,0 +1,247 @@
+"""The model card of an adapter: README.md in the format of the Hugging Face hub, written from the catalog alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from components.catalog.models import Adapter, Evaluation, Generation, ModelVersion, Run, Snapshot, SnapshotItem, StageRun
+from components.config import BaseModelConfig
+from components.errors import BadInput, BaseModelError
+from components.families.bases import HUB_ID, resolve_base
+from components.stages import Bench
+from components.storage import atomic_write
+
+IMAGES = 8
+METRICS = {  # name in the evaluation -> words for people
+    "kid": "KID to held-out pictures",
+    "prompt_match": "prompts matched",
+    "style": "style similarity",
+    "variety": "variety",
+    "colour_match": "asked colour right",
+    "nearest_training": "similarity to the nearest training picture",
+    "copy_rate": "near copies of training pictures",
+    "validation_ratio": "validation loss against the base",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an adapter comes from, as far as the catalog knows; nothing in here is a local path."""
+
+    adapter_sha256: str
+    name: str
+    step: int
+    base: str  # a hub id, a folder's own name, or "embedded"
+    hub_base: bool
+    base_sha256: str | None
+    architecture: str
+    resolution: int | None
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+    run_uid: str
+    mlflow_run_id: str | None
+    git_commit: str | None
+    created_at: str
+    snapshot: str | None
+    snapshot_digest: str | None
+    train_images: int | None
+    rejected: int | None
+    licences: dict[str, int]
+    sources: dict[str, int]
+    metrics: dict[str, Any]
+    verdict: dict[str, Any]
+    version: int | None
+
+    @property
+    def title(self) -> str:
+        return self.name if self.version is None else f"{self.name} v{self.version}"
+
+    @property
+    def licence_line(self) -> str | None:
+        return ", ".join(f"{licence} ({count})" for licence, count in self.licences.items()) or None
+
+
+def origin_of(bench: Bench, adapter_sha256: str, run_uid: str | None = None) -> Origin:
+    """What the catalog knows of an adapter: of the given run, else of the newest that trained or reused it.
+
+    Raises BadInput for an adapter that no run made.
+    """
+    with bench.catalog.read() as session:
+        adapter = session.get(Adapter, adapter_sha256)
+        run = _run_of(session, adapter, run_uid)
+        if adapter is None or run is None:
+            raise BadInput(f"adapter {adapter_sha256[:12]}: no run of this workspace made it; `safelight runs` lists them")
+        snapshot = session.get(Snapshot, run.snapshot_id) if run.snapshot_id else None
+        evaluation = session.scalars(select(Evaluation).where(Evaluation.adapter_sha256 == adapter_sha256)
+                                     .order_by(Evaluation.created_at.desc())).first()
+        version = session.scalar(select(func.max(ModelVersion.version)).where(
+            ModelVersion.adapter_sha256 == adapter_sha256, ModelVersion.name == run.name))
+        base = run.recipe.get("base", {})
+        digest, architecture, resolution = _base_facts(base)
+        return Origin(
+            adapter_sha256=adapter_sha256, name=run.name, step=adapter.step, base=_base_name(base),
+            hub_base=bool(HUB_ID.match(base.get("model", ""))), base_sha256=digest, architecture=architecture,
+            resolution=resolution, training=run.recipe.get("training", {}), evaluation=run.recipe.get("evaluation", {}),
+            run_uid=run.run_uid, mlflow_run_id=run.mlflow_run_id, git_commit=run.git_commit,
+            created_at=adapter.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            snapshot=f"{snapshot.dataset}@v{snapshot.version}" if snapshot else None,
+            snapshot_digest=snapshot.digest if snapshot else None,
+            train_images=_count(session, snapshot), rejected=snapshot.rejected if snapshot else None,
+            licences=_counts(session, snapshot, SnapshotItem.licence), sources=_counts(session, snapshot, SnapshotItem.source),
+            metrics=evaluation.metrics if evaluation else {}, verdict=evaluation.verdict if evaluation else {},
+            version=version)
+
+
+def _run_of(session: Session, adapter: Adapter | None, run_uid: str | None) -> Run | None:
+    if adapter is None:
+        return None
+    if run_uid is not None:
+        return session.get(Run, run_uid)
+    return session.scalars(select(Run).join(StageRun, StageRun.run_uid == Run.run_uid)
+                           .where(StageRun.key == adapter.stage_key).order_by(Run.run_uid.desc())).first()
+
+
+def _base_name(base: Mapping[str, Any]) -> str:
+    model = base.get("model", "embedded")
+    return model if HUB_ID.match(model) else PurePath(model).name
+
+
+def _base_facts(base: Mapping[str, Any]) -> tuple[str | None, str, int | None]:
+    try:
+        found = resolve_base(BaseModelConfig.model_validate(base))
+    except BaseModelError:
+        return None, "stable-diffusion-v1", None
+    resolution = found.architecture.geometry(found.path).resolution
+    return found.digest, "safelight-embedded" if found.name == "embedded" else "stable-diffusion-v1", resolution
+
+
+def _count(session: Session, snapshot: Snapshot | None) -> int | None:
+    return None if snapshot is None else session.scalar(select(func.count()).select_from(SnapshotItem).where(
+        SnapshotItem.snapshot_id == snapshot.id, SnapshotItem.kept, SnapshotItem.split == "train"))
+
+
+def _counts(session: Session, snapshot: Snapshot | None, column: Any) -> dict[str, int]:
+    if snapshot is None:
+        return {}
+    rows = session.execute(select(column, func.count()).where(
+        SnapshotItem.snapshot_id == snapshot.id, SnapshotItem.kept).group_by(column).order_by(func.count().desc(), column))
+    return {PurePath(value).name if value else "not stated": count for value, count in rows}
+
+
+def card_images(bench: Bench, adapter_sha256: str, folder: Path) -> list[tuple[str, str]]:
+    """Copy a few generations of the adapter beside the card; returns (path in the folder, prompt) of each."""
+    with bench.catalog.read() as session:
+        rows = session.execute(
+            select(Generation.image_sha256, Generation.prompt).where(
+                Generation.adapter_sha256 == adapter_sha256, Generation.role == "candidate")
+            .order_by(Generation.evaluation_key.desc(), Generation.prompt_index, Generation.seed).limit(4 * IMAGES)).all()
+    prompts: dict[str, str] = {}
+    for sha256, prompt in rows:
+        prompts.setdefault(prompt, sha256)
+    images = []
+    for number, (prompt, sha256) in enumerate(list(prompts.items())[:IMAGES]):
+        name = f"images/{number}.png"
+        with atomic_write(folder / name) as file:
+            file.write(bench.store.read(sha256))
+        images.append((name, prompt))
+    return images
+
+
+def write_card(path: Path, origin: Origin, images: Sequence[tuple[str, str]], files: Mapping[str, str]) -> None:
+    """Write the card; `files` maps a layout to its file name. What is not known is left out, never a placeholder."""
+    parts = [_front_matter(origin, images), f"# {_text(origin.title)}", _introduction(origin), _usage(origin, files),
+             _evaluation(origin), _data(origin), _training(origin), _limits(origin)]
+    with atomic_write(path) as file:
+        file.write(("\n\n".join(part for part in parts if part) + "\n").encode())
+
+
+def _front_matter(origin: Origin, images: Sequence[tuple[str, str]]) -> str:
+    lines = ["---", "license: other", "license_name: as-training-data-and-base", "license_link: README.md"]
+    if origin.hub_base:
+        lines += [f"base_model: {origin.base}", "base_model_relation: adapter"]
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image",
+              "tags: [text-to-image, diffusers, lora, 'template:sd-lora']"]
+    if images:
+        lines.append("widget:")
+        lines += [line for name, prompt in images for line in (f"  - text: {json.dumps(prompt)}",
+                                                               f"    output: {{url: {name}}}")]
+    return "\n".join([*lines, "---"])
+
+
+def _introduction(origin: Origin) -> str:
+    data = f" on {origin.train_images} pictures of `{origin.snapshot}`" if origin.snapshot else ""
+    return f"<Gallery />\n\nA LoRA for `{origin.base}`, trained with Safelight for {origin.step} steps{data}."
+
+
+def _usage(origin: Origin, files: Mapping[str, str]) -> str:
+    lines = ["## Use"]
+    if "diffusers" in files:
+        base = origin.base if origin.hub_base else f"<folder of {origin.base}>"
+        lines += ["", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
+                  f'pipeline = DiffusionPipeline.from_pretrained("{base}", dtype=torch.float32)',
+                  f'pipeline.load_lora_weights(".", weight_name="{files["diffusers"]}")', "```"]
+    if "kohya" in files:
+        lines += ["", f"For WebUI and ComfyUI put `{files['kohya']}` into the folder of LoRA models; weight 1 is what was "
+                      "evaluated."]
+    return "\n".join(lines)
+
+
+def _evaluation(origin: Origin) -> str:
+    rows = [(name, metric) for name, metric in origin.metrics.items() if isinstance(metric, dict)]
+    if not rows:
+        return ""
+    settings = origin.evaluation
+    lines = ["## Evaluation", "", "Difference: this adapter minus what it is compared with, with its 95 % interval.", "",
+             "| measure | better | base | champion | this adapter | difference | n |", "|---|---|---|---|---|---|---|"]
+    for name, metric in rows:
+        difference = metric.get("difference") or {}
+        interval = f"{_number(difference.get('value'))} [{_number(difference.get('low'))}, {_number(difference.get('high'))}]"
+        lines.append(f"| {METRICS.get(name, name)} | {metric.get('better', '')} | {_number(metric.get('base'))} | "
+                     f"{_number(metric.get('champion'))} | {_number(metric.get('candidate'))} | {interval} | {metric.get('n')} |")
+    lines += ["", f"Held-out prompts, {settings.get('num_inference_steps')} steps, guidance "
+                  f"{settings.get('guidance_scale')}, first seed {settings.get('seed')}."]
+    if decision := origin.verdict.get("decision"):
+        reasons = [reason["sentence"] for reason in origin.verdict.get("reasons", ()) if reason.get("sentence")]
+        lines += ["", f"Verdict of the gate: **{decision}**." + "".join(f"\n- {_text(sentence)}" for sentence in reasons)]
+    return "\n".join(lines)
+
+
+def _data(origin: Origin) -> str:
+    if origin.snapshot is None:
+        return ""
+    lines = ["## Data", "", f"Snapshot `{origin.snapshot}`, manifest sha256 `{origin.snapshot_digest}`: "
+                            f"{origin.train_images} training pictures, {origin.rejected} files rejected by curation.", "",
+             "| licence | pictures |", "|---|---|", *[f"| {_text(name)} | {count} |" for name, count in origin.licences.items()]]
+    if len(origin.sources) > 1 or "not stated" not in origin.sources:
+        lines += ["", "| source | pictures |", "|---|---|",
+                  *[f"| {_text(name)} | {count} |" for name, count in origin.sources.items()]]
+    return "\n".join(lines)
+
+
+def _training(origin: Origin) -> str:
+    facts = {"adapter sha256": origin.adapter_sha256, "base weights sha256": origin.base_sha256, "run": origin.run_uid,
+             "MLflow run": origin.mlflow_run_id, "code": origin.git_commit}
+    lines = ["## Training", "", "| setting | value |", "|---|---|"]
+    lines += [f"| `{name}` | {value} |" for name, value in origin.training.items() if value is not None]
+    return "\n".join([*lines, "", *[f"- {name}: `{value}`" for name, value in facts.items() if value]])
+
+
+def _limits(origin: Origin) -> str:
+    return ("## Licence and limits\n\nThe adapter is derived from the pictures above and from the weights of "
+            f"`{origin.base}`: the licences of both apply. Repeating the run on the same machine, PyTorch build and thread "
+            "count gives the same bytes on a CPU; on a GPU it gives the same data order and noise, and losses within "
+            "tolerance.")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _text(words: str) -> str:
+    """Words from a file or a person as plain text in a Markdown table: no markup, no line ends."""
+    return "".join("\\" + letter if letter in "\\`*_{}[]<>#|!" else letter for letter in " ".join(words.split()))

@@ -1,0 +1,287 @@
+"""The fine-tune stage: a LoRA on cached latents, exact to the bit however often it is stopped and resumed."""
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.config import TrainingConfig
+from components.curation.snapshots import SampleRow
+from components.diffusion.draws import Draw, Draws
+from components.diffusion.objectives import Objective, objective_from_scheduler
+from components.errors import BadInput, LatentCacheMismatch, Stopped
+from components.evaluation.generation import Request, Settings, draw_batch
+from components.evaluation.prompts import choose_prompts
+from components.families.bases import BaseModel
+from components.latents.encoding import ShardReader, Tensors, locate
+from components.latents.keys import (
+    NULL_PROMPT,
+    caption_item,
+    pixel_encoder_key,
+    prompt_encoder_key,
+    sample_item,
+    training_buckets,
+)
+from components.stages import Bench, Product, canonical_json
+from components.storage import ObjectRef
+from components.tensors import default_device, to_safetensors
+from components.training.adapters import adapter_bytes, add_adapter
+from components.training.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from components.training.loop import StepReport, fit
+from components.training.order import batches_from
+from components.training.schedules import learning_rate_at
+from components.training.validation import log_mean_ratio, validation_losses
+
+PREVIEW_STEPS = 12  # sampler steps of a preview: a look, not a measurement
+PREVIEW_GUIDANCE = 4.0
+Event = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentBatch:
+    """Rows of the cache: posterior tensors (B, C, h, w), conditioning tensors (B, ...), one id per row."""
+
+    sample_ids: tuple[str, ...]
+    cached: Tensors
+    cond: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class CachedSamples:
+    """A split's samples with the readers that fetch their latents and captions by content, never by position."""
+
+    rows: tuple[SampleRow, ...]
+    latent_keys: tuple[str, ...]
+    latents: ShardReader
+    prompts: ShardReader
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(row.sha256 for row in self.rows)
+
+    def batch(self, positions: Sequence[int]) -> LatentBatch:
+        rows = [self.rows[i] for i in positions]
+        return LatentBatch(tuple(row.sha256 for row in rows), self.latents([self.latent_keys[i] for i in positions]),
+                           self.prompts([caption_item(row.text).key for row in rows]))
+
+
+def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int) -> CachedSamples:
+    """Readers over `rows`. Raises LatentCacheMismatch when a latent or an embedding is not in the cache."""
+    sizes = training_buckets(base, resolution)
+    keys = tuple(sample_item(row, sizes).key for row in rows)
+    captions = [caption_item(text).key for text in {row.text for row in rows} | {NULL_PROMPT}]
+    latents = locate(bench.catalog, pixel_encoder_key(base), keys)
+    prompts = locate(bench.catalog, prompt_encoder_key(base), captions)
+    missing = len(set(keys) - set(latents)) + len(set(captions) - set(prompts))
+    if missing:
+        raise LatentCacheMismatch(f"{missing} items are not in the latent cache; run the caching stage again")
+    return CachedSamples(tuple(rows), keys, ShardReader(bench.store, latents), ShardReader(bench.store, prompts))
+
+
+def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
+    """The objective that the base was trained with. Raises BadInput when the recipe asks for another."""
+    config = base.architecture.scheduler_config(base.path)
+    theirs = config.get("prediction_type", "epsilon")
+    if training.prediction_type not in ("auto", theirs):
+        raise BadInput(f"training.prediction_type is {training.prediction_type!r}, but base {base.name!r} predicts "
+                       f"{theirs!r}; use \"auto\" or another base")
+    return objective_from_scheduler(config, timestep_sampling=training.timestep_sampling, snr_gamma=training.snr_gamma)
+
+
+def fine_tune(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, training: TrainingConfig, resolution: int,
+              work_dir: Path, *, on_event: Event, should_stop: Callable[[], bool]) -> Product:
+    """Train an adapter on the train split, resuming from `work_dir`'s newest complete checkpoint.
+
+    Outputs: "adapter", "adapter-<step>" per checkpoint, "log" (JSON lines), "validation" (losses (N, T) of base and of
+    every checkpoint), "preview-<step>-<i>". Raises Stopped after SIGTERM with a checkpoint saved, TrainingDiverged when
+    the loss is not finite.
+    """
+    train = cached_samples(bench, [row for row in rows if row.split == "train"], base, resolution)
+    held_out_rows = [row for row in rows if row.split == "test"]
+    held_out = cached_samples(bench, _spread(held_out_rows, training.validation_items), base, resolution)
+    if not train.rows:
+        raise BadInput("the train split is empty; lower curation.test_fraction or add pictures")
+    run = _FineTuning(bench, base, training, train, held_out, held_out_rows, work_dir, on_event, should_stop)
+    return run()
+
+
+def _spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
+    """At most `count` rows, evenly over the sorted list."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+class _FineTuning:
+    """One training with its checkpoints, log, validation and previews; `__call__` runs it to the end."""
+
+    def __init__(self, bench: Bench, base: BaseModel, training: TrainingConfig, train: CachedSamples,
+                 held_out: CachedSamples, held_out_rows: Sequence[SampleRow], work_dir: Path, on_event: Event,
+                 should_stop: Callable[[], bool]):
+        self.bench, self.base, self.training = bench, base, training
+        self.train, self.held_out, self.work_dir = train, held_out, work_dir
+        self.on_event, self.should_stop = on_event, should_stop
+        self.family, self.device = base.architecture, default_device()
+        self.encoder = self.family.latent_scaling(base.path)
+        self.objective = objective_of(base, training)
+        self.denoiser = self.family.load_denoiser(base.path, self.device)
+        self.parameters = add_adapter(self.denoiser, self.family, training)
+        self.optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self.parameters], lr=training.learning_rate, weight_decay=training.weight_decay,
+            betas=(training.adam_beta1, training.adam_beta2), fused=True)
+        self.null = train.prompts([caption_item(NULL_PROMPT).key])
+        self.preview_prompts = choose_prompts(held_out_rows, training.preview_prompts) if held_out_rows else []
+        self.log: list[dict[str, Any]] = []
+        self.losses: dict[str, Tensor] = {}  # "base" and "<step>" -> (N, T)
+        self.adapters: dict[int, ObjectRef] = {}
+        self.previews: dict[str, ObjectRef] = {}
+        self.last_report = time.monotonic()
+
+    def __call__(self) -> Product:
+        training = self.training
+        start = self._resume()
+        if start == 0 and self.held_out.rows:
+            self.losses["base"] = self._validate()
+        self.denoiser.train()
+        positions = batches_from(start * training.gradient_accumulation_steps, self.train.ids, training.train_batch_size,
+                                 seed=training.seed)
+        done = fit(
+            [parameter for _, parameter in self.parameters], map(self.train.batch, positions), self._loss, self.optimizer,
+            learning_rate_at(training.lr_scheduler, training.learning_rate, max_train_steps=training.max_train_steps,
+                             warmup_steps=training.lr_warmup_steps),
+            draws=Draws(training.seed), start_step=start, max_train_steps=training.max_train_steps,
+            gradient_accumulation_steps=training.gradient_accumulation_steps, max_grad_norm=training.max_grad_norm,
+            on_step=self._report, checkpoint=self._checkpoint, checkpointing_steps=training.checkpointing_steps,
+            should_stop=self.should_stop)
+        if done < training.max_train_steps:
+            raise Stopped(f"stopped after step {done} of {training.max_train_steps}; run the same command to continue")
+        product = self._product()
+        shutil.rmtree(self.work_dir, ignore_errors=True)
+        return product
+
+    # one step ---------------------------------------------------------------------------------------------------------
+
+    def _denoise(self, x_t: Tensor, timestep: Tensor, cond: Tensors) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self._bf16()):
+            return self.family.denoise(self.denoiser, x_t.to(self.device), timestep.to(self.device), cond).float()
+
+    def _bf16(self) -> bool:
+        return self.training.mixed_precision == "bf16" or (
+            self.training.mixed_precision == "auto" and self.device == "cuda")
+
+    def _latents(self, batch: LatentBatch, draw: Any) -> Tensor:
+        mean, logvar = batch.cached["mean"].float(), batch.cached["logvar"].float()
+        return self.encoder.scale(mean + (0.5 * logvar).exp() * draw.normal(mean.shape, "posterior")).to(self.device)
+
+    def _loss(self, batch: LatentBatch, draw: Draw) -> Tensor:
+        """Scalar. Captions are dropped per sample, at load time, so no cache holds a dropped one."""
+        torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
+        dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
+        cond = {name: torch.where(dropped.view(-1, *[1] * (tensor.dim() - 1)), self.null[name], tensor).to(self.device)
+                for name, tensor in batch.cond.items()}
+        return self.objective(self._denoise, self._latents(batch, draw), cond, draw)
+
+    def _report(self, report: StepReport) -> None:
+        now = time.monotonic()
+        rate = report.samples / max(now - self.last_report, 1e-9)
+        self.last_report = now
+        line = {"step": report.step + 1, "loss": report.loss, "grad_norm": report.grad_norm,
+                "learning_rate": report.learning_rate}
+        self.log.append(line)
+        self.on_event({"event": "metrics", **line, "images_per_second": rate})
+        self.on_event({"event": "progress", "done": report.step + 1, "total": self.training.max_train_steps})
+
+    # checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, step: int) -> None:
+        if step not in self.adapters and (step % self.training.checkpointing_steps == 0
+                                          or step == self.training.max_train_steps):
+            self._publish(step)
+        save_checkpoint(
+            self.work_dir, step,
+            {"parameters": {name: parameter.detach() for name, parameter in self.parameters},
+             "optimizer": optimizer_tensors(self.optimizer), "losses": self.losses},
+            {"log": self.log, "adapters": {str(s): [ref.sha256, ref.bytes] for s, ref in self.adapters.items()},
+             "previews": {name: [ref.sha256, ref.bytes] for name, ref in self.previews.items()}})
+        self.last_report = time.monotonic()
+
+    def _publish(self, step: int) -> None:
+        """Make a checkpoint's adapter, validation loss and previews visible outside."""
+        ref = self.bench.store.put(adapter_bytes(self.denoiser, self.family))
+        self.adapters[step] = ref
+        self.on_event({"event": "checkpoint", "step": step, "sha256": ref.sha256})
+        if self.held_out.rows:
+            self.losses[str(step)] = self._validate()
+            line = {"step": step, "validation_loss": self.losses[str(step)].mean().item(),
+                    "validation_ratio": log_mean_ratio(self.losses[str(step)], self.losses["base"])}
+            self.log.append(line)
+            self.on_event({"event": "metrics", **line})
+        self._preview(step)
+
+    def _resume(self) -> int:
+        checkpoint = newest_checkpoint(self.work_dir)
+        if checkpoint is None:
+            return 0
+        with torch.no_grad():
+            for name, parameter in self.parameters:
+                parameter.copy_(checkpoint.tensors["parameters"][name])
+        restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
+        self.losses, self.log = checkpoint.tensors.get("losses", {}), checkpoint.facts["log"]
+        self.adapters = {int(step): ObjectRef(*ref) for step, ref in checkpoint.facts["adapters"].items()}
+        self.previews = {name: ObjectRef(*ref) for name, ref in checkpoint.facts["previews"].items()}
+        self.on_event({"event": "log", "message": f"resumed from step {checkpoint.step}"})
+        return checkpoint.step
+
+    def _validate(self) -> Tensor:
+        self.denoiser.eval()
+
+        def per_sample(positions: Sequence[int], draw: Any) -> Tensor:
+            batch = self.held_out.batch(positions)
+            cond = {name: tensor.to(self.device) for name, tensor in batch.cond.items()}
+            return self.objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).cpu()
+
+        losses = validation_losses(per_sample, self.held_out.ids, self.training.validation_times)
+        self.denoiser.train()
+        return losses
+
+    def _preview(self, step: int) -> None:
+        if not self.preview_prompts:
+            return
+        self.denoiser.eval()
+        pipeline = self.family.load_pipeline(self.base.path, self.device, torch.float32)
+        setattr(pipeline, self.family.denoiser_part, self.denoiser)
+        side = self.family.geometry(self.base.path).resolution
+        settings = Settings(PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", side, len(self.preview_prompts),
+                            torch.get_num_threads())
+        requests = [Request(i, text, group, seed=i) for i, (text, group) in enumerate(self.preview_prompts)]
+        for i, image in enumerate(draw_batch(pipeline, requests, settings)):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            ref = self.bench.store.put(buffer.getvalue())
+            self.previews[f"preview-{step}-{i}"] = ref
+            self.on_event({"event": "preview", "step": step, "key": f"preview/{i}", "sha256": ref.sha256})
+        self.denoiser.train()
+
+    # result -----------------------------------------------------------------------------------------------------------
+
+    def _product(self) -> Product:
+        put, final = self.bench.store.put, self.training.max_train_steps
+        log = put("".join(json.dumps(line, sort_keys=True) + "\n" for line in self.log).encode())
+        outputs = {"adapter": self.adapters[final], "log": log,
+                   **{f"adapter-{step}": ref for step, ref in sorted(self.adapters.items())}, **self.previews}
+        facts: dict[str, Any] = {"final_step": final, "sha256": self.adapters[final].sha256,
+                                 "rank": self.training.rank, "lora_alpha": self.training.lora_alpha,
+                                 "trained_parameters": sum(parameter.numel() for _, parameter in self.parameters),
+                                 "validation": [line for line in self.log if "validation_ratio" in line],
+                                 "preview_prompts": [text for text, _ in self.preview_prompts]}
+        if self.losses:
+            rows = [[row.sha256, row.group or row.text] for row in self.held_out.rows]
+            outputs["validation"] = put(to_safetensors(self.losses, {"rows": canonical_json(rows).decode()}))
+        return Product(outputs, facts, items=final)

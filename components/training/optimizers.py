@@ -1,0 +1,76 @@
+"""Optimizers: AdamW from torch, and Muon for matrices and convolution kernels."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0, Jordan et al. 2024, "Muon"
+RMS_OF_ADAMW = 0.2  # the usual RMS of an AdamW update, so that both share one learning rate: Liu et al., arXiv:2502.16982
+
+
+def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Push all singular values of (m, n) towards 1 (into about 0.7 to 1.2) by Newton-Schulz iterations."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(Optimizer):
+    """Momentum with orthogonalized updates for parameters of two or more dimensions; AdamW for the rest.
+
+    A convolution kernel (O, I, h, w) counts as the matrix (O, I * h * w). Updates are scaled to the size of AdamW's,
+    so learning rate and weight decay carry over. Parameters in `adamw` always get AdamW: inputs, outputs, embeddings.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    """
+
+    def __init__(
+        self,
+        muon: Iterable[nn.Parameter],
+        adamw: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
+        groups = [{"params": list(muon), "matrix": True}, {"params": list(adamw), "matrix": False}]
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                update = self._muon if group["matrix"] else self._adamw
+                update(parameter, parameter.grad, self.state[parameter], group)
+        return loss
+
+    @staticmethod
+    def _muon(parameter: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = orthogonalize(grad.lerp(momentum, group["momentum"]).flatten(1))
+        scale = RMS_OF_ADAMW * max(update.shape) ** 0.5
+        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+    @staticmethod
+    def _adamw(parameter: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        beta1, beta2 = group["betas"]
+        step = state.setdefault("step", torch.zeros(())).add_(1).item()
+        mean = state.setdefault("exp_avg", torch.zeros_like(parameter)).lerp_(grad, 1 - beta1)
+        square = state.setdefault("exp_avg_sq", torch.zeros_like(parameter)).mul_(beta2)
+        square.addcmul_(grad, grad, value=1 - beta2)
+        denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))

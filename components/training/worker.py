@@ -1,0 +1,134 @@
+"""The child process in which torch lives: JSON requests on stdin, JSON events on stdout, gone when its parent is gone.
+
+A request is {"stage", "home", ...}; while it works the child writes events such as {"event": "progress", "done",
+"total"}, and last either {"event": "result", "product"} or {"event": "error", "type", "message"}. End of file on stdin
+means that the parent has died: the child ends at once. SIGTERM saves a checkpoint and ends the request as Stopped.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from components.config import BaseModelConfig, EvaluationConfig, PromotionConfig, TrainingConfig
+from components.errors import SafelightError
+from components.stages import Bench, Product
+from components.storage import ObjectRef
+from components.workspace import Workspace
+
+PARENT_GONE = 137
+Event = Callable[[dict[str, Any]], None]
+_stop = threading.Event()
+
+
+def main() -> None:
+    events = _claim_stdout()
+    requests: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+
+    def emit(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    while not _stop.is_set():
+        try:
+            request = requests.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        try:
+            product = STAGES[request["stage"]](Bench.open(Workspace(Path(request["home"]))), request, emit)
+            emit({"event": "result", "product": asdict(product)})
+        except SafelightError as error:
+            emit({"event": "error", "type": type(error).__name__, "message": str(error)})
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc(file=sys.stderr)
+            emit({"event": "error", "type": "StageFailed", "message": f"{request['stage']}: {type(error).__name__}: {error}"})
+
+
+def _claim_stdout() -> IO[str]:
+    """Keep stdout for events; whatever a library prints goes to stderr."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return events
+
+
+def _listen(requests: queue.Queue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    os._exit(PARENT_GONE)
+
+
+def _progress(emit: Event) -> Callable[[int, int], None]:
+    return lambda done, total: emit({"event": "progress", "done": done, "total": total})
+
+
+def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.curation.snapshots import read_manifest
+    from components.families.bases import resolve_base
+    from components.latents.caching import cache_latents
+
+    return cache_latents(bench, read_manifest(bench.store, request["snapshot"]),
+                         resolve_base(BaseModelConfig(**request["base"])), request["resolution"], _progress(emit))
+
+
+def _fine_tune(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.curation.snapshots import read_manifest
+    from components.families.bases import resolve_base
+    from components.training.finetune import fine_tune
+
+    return fine_tune(bench, read_manifest(bench.store, request["snapshot"]),
+                     resolve_base(BaseModelConfig(**request["base"])), TrainingConfig(**request["training"]),
+                     request["resolution"], bench.workspace.work_dir(request["key"]), on_event=emit,
+                     should_stop=_stop.is_set)
+
+
+def _evaluate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.curation.snapshots import read_manifest
+    from components.evaluation.evaluate import Contender, evaluate
+    from components.families.bases import resolve_base
+
+    validation = request["validation"]
+    return evaluate(
+        bench, request["key"], read_manifest(bench.store, request["snapshot"]),
+        resolve_base(BaseModelConfig(**request["base"])), [Contender(**entry) for entry in request["contenders"]],
+        EvaluationConfig(**request["evaluation"]), PromotionConfig(**request["promotion"]), request["resolution"],
+        ObjectRef(**validation) if validation else None, final_step=request["final_step"],
+        snapshot_digest=request["snapshot"], run_uid=request["run_uid"], on_progress=_progress(emit))
+
+
+def _generate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.evaluation.generation import Request, Settings, draw_gallery
+    from components.families.bases import resolve_base
+
+    base = resolve_base(BaseModelConfig(**request["base"]))
+    done, total = 0, len(request["requests"])
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        emit({"event": "progress", "done": done, "total": total})
+
+    settings = Settings.of(EvaluationConfig(**request["evaluation"]),
+                           base.architecture.geometry(base.path).resolution)
+    pictures = draw_gallery(bench, base, request["adapter"], [Request(**entry) for entry in request["requests"]], settings,
+                            run_uid=None, on_progress=advance)
+    return Product({str(i): ObjectRef(picture.sha256, bench.store.path(picture.sha256).stat().st_size)
+                    for i, picture in enumerate(pictures)}, items=len(pictures))
+
+
+STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
+    "cache": _cache, "fine-tune": _fine_tune, "evaluate": _evaluate, "generate": _generate,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Where a workspace keeps its things on disk, and the environment variables that point a team elsewhere."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from platformdirs import user_data_path
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The folder behind `SAFELIGHT_HOME` and the addresses of the services that belong to it."""
+
+    home: Path
+
+    @classmethod
+    def from_environment(cls) -> "Workspace":
+        """`SAFELIGHT_HOME`, or the platform's user-data folder. The folder need not exist yet."""
+        home = os.environ.get("SAFELIGHT_HOME")
+        return cls(Path(home).expanduser().resolve() if home else user_data_path("safelight", appauthor=False))
+
+    @property
+    def objects(self) -> Path:
+        return self.home / "objects"
+
+    @property
+    def locks(self) -> Path:
+        return self.home / "locks"
+
+    @property
+    def exports(self) -> Path:
+        return self.home / "exports"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def thumbs(self) -> Path:
+        return self.home / "thumbs"
+
+    @property
+    def prefect_home(self) -> Path:
+        return self.home / "prefect"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.home / "mlflow-artifacts"
+
+    @property
+    def services_file(self) -> Path:
+        """Remembered ports and process ids of what `safelight up` started."""
+        return self.home / "services.json"
+
+    def run_dir(self, run_uid: str) -> Path:
+        """One execution's folder: journal, log, checkpoints in the making, run card."""
+        return self.home / "runs" / run_uid
+
+    def work_dir(self, key: str) -> Path:
+        """Checkpoints of a stage result in the making; found again by whichever run asks for the same key."""
+        return self.home / "work" / key
+
+    @property
+    def catalog_url(self) -> str:
+        return os.environ.get("SAFELIGHT_CATALOG_URL") or f"sqlite:///{self.home / 'catalog.db'}"
+
+    @property
+    def mlflow_database(self) -> str:
+        return f"sqlite:///{self.home / 'mlflow.db'}"
+
+    def create(self) -> "Workspace":
+        """Make the folders that exist in every workspace."""
+        for folder in (self.objects, self.locks, self.exports, self.logs, self.thumbs, self.prefect_home,
+                       self.mlflow_artifacts, self.home / "runs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self

@@ -1,0 +1,570 @@
+"""The `safelight` command. Each command reads its flags, calls one function and shows what came back.
+
+Nothing heavy is imported at the top: `safelight --help` needs neither Prefect, MLflow nor torch.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from components.errors import BadInput, SafelightError, StageFailed, Stopped
+from components.workspace import Workspace
+
+if TYPE_CHECKING:
+    from components.catalog.models import Run
+    from components.config import Recipe
+    from components.stages import Bench
+    from flows.console import Reporter
+
+SCHEMA = 1
+INTERRUPTED, TERMINATED = 130, 143
+STOP_PATIENCE_S = 60.0
+EXIT_CODES = {"stopped": TERMINATED, "completed": 0}
+
+app = typer.Typer(name="safelight", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, help="From a folder of captioned pictures to a fine-tuned, evaluated,"
+                  " reviewed and registered image model, again and again, on a schedule.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, TOML.")]
+DataFolder = Annotated[Path | None, typer.Option("--data", metavar="FOLDER", help="Read this folder, not the recipe's sources.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe key, for"
+                                                     " example training.rank=32. May be repeated.")]
+Verbatim = Annotated[bool, typer.Option("--verify", help="Hash every source file, whatever its time stamps say.")]
+
+
+# a workspace and its services -------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """Teach the embedded base model an app-icon style, end to end, offline; a second time everything is reused."""
+    with _reporter(as_json) as reporter:
+        from components.demo.icons import METADATA_NAME, write_icons
+        from flows import services
+
+        bench = _open_bench()
+        folder = bench.workspace.home / "demo" / "app-icons"
+        running = services.up(bench.workspace, progress=reporter.say)
+        if not (folder / METADATA_NAME).exists():
+            counts = write_icons(folder, _known_words())
+            reporter.say(f"icons: {counts.train} to train on, {counts.test} held out, in {folder}")
+        services.adopt_environment(bench.workspace, running)
+        recipe = _read_recipe(Path(__file__).parent / "recipes" / "demo.toml", data=folder)
+        _retrain(reporter, recipe)
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the recipe goes.")] = Path(),
+         force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
+         as_json: AsJson = False) -> None:
+    """Create the workspace and write a commented starter recipe, recipe.toml."""
+    with _reporter(as_json) as reporter:
+        from flows.starter import write_starter_recipe
+
+        bench = _open_bench()
+        path = write_starter_recipe(folder, force=force)
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed", "recipe": str(path), "home": str(bench.workspace.home)},
+            lambda: reporter.say(f"wrote {path}\nworkspace {bench.workspace.home}\nnext: safelight plan {path}"))
+
+
+@app.command()
+def up(host: Annotated[str, typer.Option(help="Address to listen on; only this machine's own are accepted.")] = "127.0.0.1",
+       as_json: AsJson = False) -> None:
+    """Start Prefect, MLflow, the dashboard and the deployment runner, in the background, and wait until all are healthy."""
+    with _reporter(as_json) as reporter:
+        from flows import services
+
+        bench = _open_bench()
+        running = services.up(bench.workspace, host=host, progress=reporter.say)
+        urls = _addresses(running)
+        reporter.finish({"schema": SCHEMA, "status": "completed", "urls": urls},
+                        lambda: reporter.table(("service", "address"), [(k, v or "not running") for k, v in urls.items()]))
+
+
+@app.command()
+def down(as_json: AsJson = False) -> None:
+    """End what `safelight up` started in this workspace, and nothing else."""
+    with _reporter(as_json) as reporter:
+        from flows import services
+
+        ended = services.down(Workspace.from_environment(), progress=reporter.say)
+        reporter.finish({"schema": SCHEMA, "status": "completed", "ended": ended},
+                        lambda: reporter.say("nothing was running") if not ended else None)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """The services, the runs in progress and the schedules."""
+    with _reporter(as_json) as reporter:
+        from components.catalog import runs as run_rows
+        from flows import deployments, services
+
+        bench = _open_bench()
+        states = services.status(bench.workspace)
+        running = run_rows.running(bench.catalog)
+        schedules = deployments.list_schedules(bench.workspace)
+
+        def show() -> None:
+            reporter.say(f"workspace {bench.workspace.home}")
+            reporter.table(("service", "state", "address", "pid", "detail"),
+                           [(s.name, s.state, s.url or None, s.pid, s.detail) for s in states])
+            for run in running:
+                reporter.say(f"running   {run.run_uid}  {run.name}  {_progress_in_words(run)}")
+            for entry in schedules:
+                reporter.say(f"schedule  {entry.name}  {entry.in_words}")
+
+        reporter.finish({
+            "schema": SCHEMA, "status": "completed", "home": str(bench.workspace.home),
+            "services": [{"name": s.name, "state": s.state, "url": s.url, "pid": s.pid, "detail": s.detail} for s in states],
+            "running": [_run_document(run) for run in running],
+            "schedules": [{"name": entry.name, "when": entry.in_words} for entry in schedules],
+        }, show)
+
+
+@app.command()
+def doctor(fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended.")] = False, as_json: AsJson = False) -> None:
+    """Look for what a crash, a full disk or a wrong version left behind. Exit code 0 when nothing is wrong, or all is mended."""
+    with _reporter(as_json) as reporter:
+        from flows import reconcile, services
+
+        workspace = Workspace.from_environment()
+        services.adopt_environment(workspace, services.current(workspace))
+        findings = reconcile.examine(workspace, fix=fix, progress=lambda line: reporter.say(line, "dim"))
+
+        def show() -> None:
+            for finding in findings:
+                reporter.say(f"{'mended' if finding.fixed else 'found'}: {finding.what}", "bold")
+                reporter.say(f"  where: {finding.where}\n  {'did' if finding.fixed else 'mend'}: {finding.mend}")
+            reporter.say("all is well" if not findings else "" if fix else "`safelight doctor --fix` mends what can be mended")
+
+        healthy = all(finding.fixed for finding in findings)
+        reporter.finish({"schema": SCHEMA, "status": "completed" if healthy else "failed", "healthy": healthy, "findings": [
+            {"what": f.what, "where": f.where, "mend": f.mend, "fixed": f.fixed} for f in findings]}, show)
+        raise typer.Exit(0 if healthy else 1)
+
+
+# from pictures to a model -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a retraining would do, without doing it: pictures, steps, what is reused, expected time and memory."""
+    with _reporter(as_json) as reporter:
+        from flows import plans
+
+        bench = _open_bench()
+        document = plans.plan(bench, _read_recipe(recipe, overrides, data))
+        reporter.finish({"schema": SCHEMA, "status": "completed"} | document, lambda: plans.show(reporter, document))
+
+
+@app.command()
+def curate(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check the pictures, drop duplicates, split, and commit a snapshot."""
+    _run_recipe("curate", recipe, data, overrides, as_json)
+
+
+@app.command()
+def cache(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Curate, then encode latents and prompts."""
+    _run_recipe("cache", recipe, data, overrides, as_json)
+
+
+@app.command()
+def retrain(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Curate, cache, fine-tune, evaluate and register; whatever is unchanged is reused."""
+    _run_recipe("register", recipe, data, overrides, as_json)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Everything up to the evaluation; nothing is registered."""
+    _run_recipe("evaluate", recipe, data, overrides, as_json)
+
+
+@app.command()
+def promote(name: Annotated[str, typer.Argument(metavar="MODEL", help="A registered model: NAME, NAME@ALIAS or NAME/VERSION.")],
+            reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
+            by: Annotated[str | None, typer.Option(help="Who decides; default: the user's name.")] = None,
+            force: Annotated[bool, typer.Option("--force", help="Also when the gate rejects the version.")] = False,
+            as_json: AsJson = False) -> None:
+    """Make a version the champion (default: the challenger); the champion before it becomes `previous`."""
+    with _reporter(as_json) as reporter:
+        bench = _open_bench()
+        _serve(bench, reporter)
+        from flows import promote as promotion
+        from flows import tracking
+
+        name, version = _split_model(name, lambda model: tracking.aliases(bench.workspace, model))
+        outcome = promotion.promote_version(name, version, by=by or _user(), reason=reason, force=force)
+        reporter.finish({"schema": SCHEMA, "status": "completed"} | outcome, lambda: reporter.say(
+            f"{outcome['name']} version {outcome['version']} is the champion; gate: {outcome['decision']};"
+            f" previous: {outcome['previous'] or 'none'}"))
+
+
+@app.command()
+def schedule(recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe, TOML.")] = None,
+             cron: Annotated[str | None, typer.Option(help='A cron line, for example "0 3 * * *".')] = None,
+             every: Annotated[str | None, typer.Option(help="A span: 30m, 6h, 1d.")] = None,
+             when_new: Annotated[int | None, typer.Option(help="Run when this many pictures are new or changed.")] = None,
+             data: DataFolder = None, overrides: Overrides = None,
+             listing: Annotated[bool, typer.Option("--list", help="Show the schedules.")] = False,
+             remove: Annotated[str | None, typer.Option(metavar="NAME", help="Forget a schedule.")] = None,
+             as_json: AsJson = False) -> None:
+    """Run a recipe by itself, while `safelight up` is on: by the clock, or when enough pictures are new."""
+    with _reporter(as_json) as reporter:
+        from flows import deployments, services
+
+        bench = _open_bench()
+        document: dict[str, Any] = {"schema": SCHEMA, "status": "completed"}
+        if remove:
+            deployments.remove_schedule(bench.workspace, remove)
+            document["removed"] = remove
+        elif recipe is not None:
+            entry = deployments.store_schedule(bench.workspace, _read_recipe(recipe, overrides, data), recipe, cron=cron,
+                                               every=every, when_new=when_new)
+            document["stored"] = entry.name
+        elif not listing:
+            raise BadInput("nothing to schedule; name a recipe, or pass --list or --remove NAME")
+        entries = deployments.list_schedules(bench.workspace)
+        document["schedules"] = [{"name": e.name, "when": e.in_words, "recipe": e.recipe_path} for e in entries]
+        document["runner"] = {s.name: s.state for s in services.status(bench.workspace)}["runner"]
+
+        def show() -> None:
+            reporter.table(("schedule", "when", "recipe"), [(e.name, e.in_words, e.recipe_path) for e in entries])
+            if entries and document["runner"] != "up":
+                reporter.say("the deployment runner is down, nothing runs by itself; `safelight up` starts it")
+
+        reporter.finish(document, show)
+
+
+# looking at what ran ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def runs(limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20, as_json: AsJson = False) -> None:
+    """The newest runs."""
+    with _reporter(as_json) as reporter:
+        bench = _open_bench()
+        rows = _newest_runs(bench, limit)
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed", "runs": [_run_document(run) for run in rows]},
+            lambda: reporter.table(("run", "name", "kind", "status", "began", "gate", "model", "where it is"), [
+                (run.run_uid, run.name, run.kind, run.status, f"{run.created_at:%Y-%m-%d %H:%M}",
+                 (run.card.get("gate") or {}).get("decision"), (run.card.get("model") or {}).get("version"),
+                 _progress_in_words(run) or run.error) for run in rows]))
+
+
+@app.command()
+def show(what: Annotated[str, typer.Argument(metavar="RUN|FILE|MODEL", help="The start of a run's uid, an adapter file, or a"
+                                             " model's name.")], as_json: AsJson = False) -> None:
+    """Everything known about a run, an adapter file or a registered model."""
+    with _reporter(as_json) as reporter:
+        from flows import showing
+
+        if what.endswith(".safetensors") or Path(what).is_file():
+            showing.show_file(reporter, Path(what))
+            return
+        bench = _open_bench()
+        run = _find_run(bench, what, required=False)
+        if run is not None:
+            showing.show_run(reporter, bench, run)
+        else:
+            showing.show_model(reporter, bench, what)
+
+
+@app.command()
+def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="The start of a run's uid.")],
+         lines: Annotated[int, typer.Option(min=1, help="How many lines at most, the last ones.")] = 200,
+         as_json: AsJson = False) -> None:
+    """What a run said."""
+    with _reporter(as_json) as reporter:
+        from flows import showing
+
+        bench = _open_bench()
+        row = _find_run(bench, run)
+        told = showing.log_lines(bench, row.run_uid)[-lines:]
+        reporter.finish({"schema": SCHEMA, "status": "completed", "run_uid": row.run_uid, "lines": told},
+                        lambda: reporter.say("\n".join(told) or "nothing was written down"))
+
+
+@app.command()
+def stop(run: Annotated[str, typer.Argument(metavar="RUN", help="The start of a run's uid.")], as_json: AsJson = False) -> None:
+    """Ask a run to save what it has and end; wait until it has."""
+    with _reporter(as_json) as reporter:
+        bench = _open_bench()
+        row = _find_run(bench, run)
+        told = _stop_run(bench, row)
+        reporter.finish({"schema": SCHEMA, "status": "completed", "run_uid": row.run_uid, "outcome": told},
+                        lambda: reporter.say(f"{row.run_uid}: {told}"))
+
+
+# using a model ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(prompt: Annotated[list[str], typer.Option(help="What to draw. May be repeated.")],
+             model: Annotated[str | None, typer.Option(help="A registered model: NAME, NAME@ALIAS or NAME/VERSION.")] = None,
+             adapter: Annotated[Path | None, typer.Option(help="An adapter file instead.")] = None,
+             base: Annotated[str, typer.Option(help="The base model, for --adapter and for none of both.")] = "embedded",
+             seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
+             count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt, with consecutive seeds.")] = 1,
+             num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampler steps.")] = None,
+             guidance_scale: Annotated[float | None, typer.Option("--guidance", min=1, help="Classifier-free guidance.")] = None,
+             out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("generated"),
+             as_json: AsJson = False) -> None:
+    """Draw pictures with a registered model, an adapter file or the base alone."""
+    with _reporter(as_json) as reporter:
+        from flows import drawing
+
+        bench = _open_bench()
+        wanted = drawing.Wanted(tuple(prompt), seed, count, num_inference_steps, guidance_scale)
+        files = drawing.draw(bench, wanted, model=model, adapter=adapter, base=base, out=out, on_event=reporter.event)
+        reporter.finish({"schema": SCHEMA, "status": "completed", "files": [str(file) for file in files]},
+                        lambda: reporter.say("\n".join(map(str, files))))
+
+
+@app.command()
+def export(model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION.")],
+           out: Annotated[Path, typer.Option(help="Folder to write.")],
+           layout: Annotated[list[str] | None, typer.Option(help="diffusers or kohya; default both.")] = None,
+           as_json: AsJson = False) -> None:
+    """Write a registered adapter as files that other programs load."""
+    with _reporter(as_json) as reporter:
+        from flows import showing
+
+        layouts = layout or ["diffusers", "kohya"]
+        if unknown := sorted(set(layouts) - {"diffusers", "kohya"}):
+            raise BadInput(f"--layout {unknown[0]}: expected diffusers or kohya")
+        bench = _open_bench()
+        version = showing.find_version(bench, model)
+        from components.training.export import export_adapter
+
+        exported = export_adapter(bench, version.adapter_sha256, out, layouts=tuple(layouts), run_uid=version.run_uid)
+        files = {name: str(path) for name, path in exported.files.items()}
+        reporter.finish({"schema": SCHEMA, "status": "completed", "model": version.name, "version": version.version,
+                         "files": files, "card": str(exported.card)},
+                        lambda: reporter.say("\n".join([*files.values(), str(exported.card)])))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+             add_help_option=False)
+def pretrain(context: typer.Context) -> None:
+    """Train a small base model from scratch; `safelight pretrain --help` lists its own options."""
+    from flows.pretrain import main as pretrain_main
+
+    raise typer.Exit(pretrain_main(context.args) or 0)
+
+
+# what the commands share ------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: runs a command and turns whatever it raises into one line and an exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code = app(arguments, prog_name="safelight", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except TyperException as error:
+        return _fail(arguments, error.format_message(), error.exit_code)
+    except SafelightError as error:
+        return _fail(arguments, str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(arguments, "stopped by Ctrl-C; the same command goes on from the last commit", INTERRUPTED, "stopped")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
+        return 1
+    except Exception as error:
+        return _fail(arguments, f"{type(error).__name__}: {error} (details: {_keep_traceback()})".replace("\n", " "), 1)
+    except BaseException as error:
+        if type(error).__name__ != "TerminationSignal":  # Prefect's name for SIGTERM
+            raise
+        return _fail(arguments, "stopped by a signal", TERMINATED, "stopped")
+
+
+def _fail(arguments: list[str], message: str, code: int, outcome: str = "failed") -> int:
+    line = " ".join(message.split())
+    if code in (INTERRUPTED, TERMINATED):
+        outcome = "stopped"
+    if "--json" in arguments:
+        from flows.console import write_document
+
+        write_document({"schema": SCHEMA, "status": outcome, "error": line})
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _keep_traceback() -> Path:
+    path = Workspace.from_environment().logs / "safelight.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log:
+        log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(sys.argv)}\n{traceback.format_exc()}\n")
+    return path
+
+
+def _on_sigterm(*_: object) -> None:
+    raise Stopped("stopped by SIGTERM; the same command goes on from the last commit")
+
+
+def _reporter(as_json: bool) -> "Reporter":
+    from flows.console import Reporter
+
+    return Reporter(as_json)
+
+
+def _open_bench() -> "Bench":
+    """The workspace with its catalog at the newest revision, both created when they are not there."""
+    from components.stages import Bench
+
+    bench = Bench.open(Workspace.from_environment())
+    bench.catalog.migrate()
+    return bench
+
+
+def _serve(bench: "Bench", reporter: "Reporter") -> None:
+    """Start what runs need and put its addresses into the environment, before Prefect or MLflow are imported."""
+    from flows import services
+
+    running = services.ensure_up(bench.workspace, ("prefect", "mlflow"), reporter.say)
+    services.adopt_environment(bench.workspace, running)
+
+
+def _read_recipe(path: Path, overrides: Sequence[str] | None = None, data: Path | None = None) -> "Recipe":
+    from components.config import load_recipe
+
+    if data is not None and not data.exists():
+        raise BadInput(f"--data {data}: no such folder")
+    return load_recipe(path, overrides=overrides or (), data=data)
+
+
+def _run_recipe(upto: str, path: Path, data: Path | None, overrides: Sequence[str] | None, as_json: bool) -> None:
+    with _reporter(as_json) as reporter:
+        recipe = _read_recipe(path, overrides, data)
+        _serve(_open_bench(), reporter)
+        _retrain(reporter, recipe, upto=upto)
+
+
+def _retrain(reporter: "Reporter", recipe: "Recipe", upto: str = "register") -> None:
+    from flows.console import show_card
+    from flows.retrain import retrain_recipe
+
+    card = retrain_recipe(recipe, upto=upto, on_event=reporter.event)
+    reporter.finish(card, lambda: show_card(reporter, card))
+    raise typer.Exit(EXIT_CODES.get(card["status"], StageFailed.exit_code))
+
+
+def _known_words() -> set[str]:
+    """The words of the embedded base's captions."""
+    from components.families.bases import EMBEDDED
+    from flows.drawing import known_words
+
+    return known_words(EMBEDDED)
+
+
+def _addresses(running: Any) -> dict[str, str]:
+    return {"dashboard": running.dashboard_url, "mlflow": running.mlflow_url, "prefect": running.prefect_url}
+
+
+def _newest_runs(bench: "Bench", limit: int) -> list["Run"]:
+    from sqlalchemy import select
+
+    from components.catalog.models import Run
+
+    with bench.catalog.read() as session:
+        return list(session.scalars(select(Run).order_by(Run.run_uid.desc()).limit(limit)))
+
+
+def _find_run(bench: "Bench", start: str, *, required: bool = True) -> Any:
+    """The run whose uid begins with `start`; BadInput when none or several do."""
+    from sqlalchemy import select
+
+    from components.catalog.models import Run
+
+    with bench.catalog.read() as session:
+        found = list(session.scalars(select(Run).where(Run.run_uid.startswith(start, autoescape=True)).limit(2)))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise BadInput(f"{start!r} is the start of several runs; give more of the uid (`safelight runs` lists them)")
+    if required:
+        raise BadInput(f"no run's uid begins with {start!r}; `safelight runs` lists them")
+    return None
+
+
+def _run_document(run: "Run") -> dict[str, Any]:
+    return {"run_uid": run.run_uid, "name": run.name, "kind": run.kind, "status": run.status, "created_at": run.created_at,
+            "ended_at": run.ended_at, "host": run.host, "pid": run.pid, "progress": run.progress, "error": run.error,
+            "gate": run.card.get("gate"), "model": run.card.get("model"), "urls": run.card.get("urls")}
+
+
+def _progress_in_words(run: "Run") -> str:
+    if run.status != "running" or not run.progress:
+        return ""
+    return f"{run.progress.get('stage', '')} {run.progress.get('done', '')}/{run.progress.get('total', '')}"
+
+
+def _stop_run(bench: "Bench", run: "Run") -> str:
+    import psutil
+
+    from components.catalog import runs as run_rows
+    from flows.reconcile import process_of
+
+    if run.status != "running":
+        return f"is not running, it is {run.status}"
+    process = process_of(run)
+    if process is None:
+        raise BadInput(f"{run.run_uid}: its process {run.pid} on {run.host} is not there; `safelight doctor --fix` clears it up")
+    family = [*process.children(recursive=True), process]
+    process.terminate()
+    _, alive = psutil.wait_procs([process], timeout=STOP_PATIENCE_S)
+    for member in family if alive else []:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=STOP_PATIENCE_S)
+    row = _find_run(bench, run.run_uid)
+    if row.status == "running":
+        run_rows.close_run(bench.catalog, run.run_uid, "stopped", error="stopped by `safelight stop`")
+    return "killed, it did not end by itself" if alive else "stopped"
+
+
+def _split_model(name: str, aliases: Any) -> tuple[str, int | None]:
+    """NAME, NAME@ALIAS or NAME/VERSION as (name, version); None: the one that the command takes by default."""
+    model, at, alias = name.partition("@")
+    if at:
+        version = aliases(model).get(alias)
+        if version is None:
+            raise BadInput(f"{model} has no alias {alias!r}; there are: {', '.join(aliases(model)) or 'none'}")
+        return model, version
+    model, slash, number = name.partition("/")
+    if slash and not number.isdigit():
+        raise BadInput(f"{name!r}: expected NAME, NAME@ALIAS or NAME/VERSION")
+    return model, int(number) if slash else None
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "someone"
+
+
+if __name__ == "__main__":
+    main()

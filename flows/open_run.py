@@ -1,0 +1,131 @@
+"""A run while it lasts: its catalog row, its journal, its torch child, and the passage through each stage."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.catalog import runs
+from components.config import Recipe
+from components.errors import SafelightError, Stopped
+from components.families.bases import BaseModel, resolve_base
+from components.stages import Bench, Product, StageResult, ensure
+from components.workspace import Workspace
+from flows.children import ROOT, TorchChild
+from flows.tracking import Tracker, open_tracker
+
+PROGRESS_EVERY_S = 0.5
+SERIES = {"loss", "learning_rate", "grad_norm", "images_per_second", "validation_loss", "validation_ratio"}
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(slots=True)
+class OpenRun:
+    """What the steps of one execution share. `stage` is the only way through which they touch the cache."""
+
+    bench: Bench
+    recipe: Recipe
+    run_uid: str
+    base: BaseModel
+    child: TorchChild
+    tracker: Tracker
+    on_event: OnEvent
+    results: dict[str, StageResult] = field(default_factory=dict)
+    _reported: float = 0.0
+
+    def stage(self, stage: str, key: str, produce: Callable[[], Product], **checks: Any) -> StageResult:
+        """Reuse or produce a stage's result, and write down which it was."""
+        runs.update_run(self.bench.catalog, self.run_uid, progress={"stage": stage})
+        result = ensure(self.bench, stage, key, produce, run_uid=self.run_uid, **checks)
+        self.results[stage] = result
+        runs.record_stage(self.bench.catalog, self.run_uid, result)
+        self.tracker.metrics(0, {f"seconds/{stage}": result.seconds})
+        self.tracker.sync()
+        self.on_event({"event": "stage", **stage_line(result)})
+        return result
+
+    def ask(self, request: dict[str, Any]) -> Product:
+        """Let the torch child work on a request, relaying its events to the journal, the live view and the caller."""
+        return self.child.ask(request, self.relay)
+
+    def relay(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "metrics":
+                self.tracker.metrics(event["step"], {name: event[name] for name in SERIES & event.keys()})
+            case "preview":
+                self.tracker.image(event["key"], event["sha256"], event["step"])
+            case "progress" if time.monotonic() - self._reported > PROGRESS_EVERY_S:
+                self._reported = time.monotonic()
+                runs.update_run(self.bench.catalog, self.run_uid,
+                                progress={name: event[name] for name in ("stage", "done", "total")})
+        self.on_event(event)
+
+
+def stage_line(result: StageResult) -> dict[str, Any]:
+    """A stage as the run card lists it; "name" and "stage" are the same word."""
+    return {"name": result.stage, "stage": result.stage, "key": result.key, "outcome": result.outcome,
+            "seconds": round(result.seconds, 3), "items": result.product.items, "bytes": result.bytes}
+
+
+@contextmanager
+def open_run(recipe: Recipe, *, run_uid: str | None, kind: str, on_event: OnEvent, tags: dict[str, str]) -> Iterator[OpenRun]:
+    """Open a run, and close it as completed, failed or stopped whatever happens inside."""
+    bench = Bench.open(Workspace.from_environment())
+    bench.catalog.migrate()
+    base = resolve_base(recipe.base)
+    commit = git_commit()
+    run_uid = runs.open_run(bench.catalog, name=recipe.name, kind=kind, recipe=recipe.model_dump(mode="json"),
+                            git_commit=commit, run_uid=run_uid)
+    on_event({"event": "run", "run_uid": run_uid})
+    tracker = open_tracker(bench, run_uid, recipe, tags=tags | ({"git_commit": commit} if commit else {}))
+    status, error = "failed", None
+    with TorchChild(bench.workspace, bench.workspace.run_dir(run_uid) / "torch.log") as child:
+        try:
+            yield OpenRun(bench, recipe, run_uid, base, child, tracker, on_event)
+            status = "completed"
+        except (Stopped, KeyboardInterrupt) as cause:
+            status, error = "stopped", str(cause) or "interrupted"
+            raise
+        except SafelightError as cause:
+            error = str(cause)
+            raise
+        except BaseException as cause:
+            status = "stopped" if type(cause).__name__ == "TerminationSignal" else "failed"
+            error = f"{type(cause).__name__}: {cause}"
+            raise
+        finally:
+            tracker.close(status)
+            runs.close_run(bench.catalog, run_uid, status, error=error)
+            runs.update_run(bench.catalog, run_uid, mlflow_run_id=tracker.mlflow_run_id)
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises Stopped in the main thread, so that every `finally` runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise Stopped("stopped by SIGTERM; run the same command to continue")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, 40 hex digits, or None outside a repository."""
+    try:
+        answer = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10,
+                                env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,302 @@
+"""Retraining: curate a dataset, cache its latents, fit an adapter, score its samples, register it."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
+from prefect.runtime import flow_run
+
+from components.catalog import runs
+from components.catalog.models import ModelVersion
+from components.config import Recipe
+from components.latents.keys import cache_key, training_size
+from components.stages import Product, StageResult, stage_key
+from components.workspace import Workspace
+from flows import services, tracking
+from flows.open_run import OnEvent, OpenRun, open_run, stage_line, stopping_on_sigterm
+
+UpTo = Literal["curate", "cache", "fine-tune", "evaluate", "register"]
+STAGES: tuple[UpTo, ...] = ("curate", "cache", "fine-tune", "evaluate", "register")
+CARD_SCHEMA = 1
+_open: dict[str, OpenRun] = {}  # tasks are handed a run's uid; what it stands for never leaves this process
+_listeners: list[OnEvent] = []
+
+
+@flow(name="retrain", flow_run_name="{recipe.name}", persist_result=False, validate_parameters=True)
+def retrain(recipe: Recipe, upto: UpTo = "register", run_uid: str | None = None) -> dict[str, Any]:
+    """Curate a dataset, cache its latents, fit a LoRA adapter, score its samples, register it. Returns the run card."""
+    with _opened(recipe, run_uid) as run:
+        snapshot = curate(run.run_uid)
+        if reaches(upto, "cache"):
+            cache_latents(run.run_uid, snapshot)
+        if reaches(upto, "fine-tune"):
+            adapter = fit_adapter(run.run_uid, snapshot)
+            if reaches(upto, "evaluate"):
+                report = evaluate(run.run_uid, snapshot, adapter)
+                if reaches(upto, "register"):
+                    register(run.run_uid, adapter, report)
+        return publish(run)
+
+
+def reaches(upto: UpTo, stage: UpTo) -> bool:
+    return STAGES.index(upto) >= STAGES.index(stage)
+
+
+# the steps: a task each, handing on keys and digests ---------------------------------------------------------------
+
+
+@task(name="curate", cache_policy=NO_CACHE, persist_result=False)
+def curate(run_uid: str) -> str:
+    """The snapshot's digest."""
+    from components.curation.snapshots import curate as make_snapshot
+    from components.curation.snapshots import curate_key, scan
+
+    run = _open[run_uid]
+    size = training_size(run.base, run.recipe.training)
+    scanned = scan(run.bench, run.recipe.data, on_progress=_progress(run, "curate"))
+    key = curate_key(scanned, run.recipe.curation, dataset=run.recipe.name, training_size=size)
+    result = run.stage("curate", key, lambda: make_snapshot(
+        run.bench, scanned, run.recipe.curation, key=key, dataset=run.recipe.name, training_size=size,
+        on_progress=_progress(run, "curate")))
+    _note_snapshot(run, result.product)
+    return result.product.facts["digest"]
+
+
+@task(name="cache latents", cache_policy=NO_CACHE, persist_result=False)
+def cache_latents(run_uid: str, snapshot: str) -> str:
+    """The cache's stage key."""
+    run = _open[run_uid]
+    size = training_size(run.base, run.recipe.training)
+    key = cache_key(snapshot, run.base, size)
+    return _on_the_gpu(run, "cache", key, {"snapshot": snapshot, "resolution": size}).key
+
+
+@task(name="fine-tune", cache_policy=NO_CACHE, persist_result=False)
+def fit_adapter(run_uid: str, snapshot: str) -> str:
+    """The fine-tuning's stage key."""
+    run = _open[run_uid]
+    result = _on_the_gpu(run, "fine-tune", fine_tune_key(run, snapshot), {
+        "snapshot": snapshot, "resolution": training_size(run.base, run.recipe.training),
+        "training": run.recipe.training.model_dump(mode="json")})
+    if result.outcome == "reused":  # the series of the training that made it belong to this run's record too
+        _replay(run, result.product)
+    run.tracker.tags({"adapter_sha256": result.product.facts["sha256"]})
+    return result.key
+
+
+@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
+def evaluate(run_uid: str, snapshot: str, adapter: str) -> str:
+    """The evaluation's stage key."""
+    run = _open[run_uid]
+    trained = run.results["fine-tune"].product
+    contenders = [{"role": "base", "adapter_sha256": None, "step": 0}]
+    champion = _champion(run, trained.facts["sha256"])
+    if champion is not None:
+        contenders.append({"role": "champion", "adapter_sha256": champion.adapter_sha256, "step": 0})
+    contenders.append({"role": "candidate", "adapter_sha256": trained.facts["sha256"], "step": trained.facts["final_step"]})
+    evaluation, promotion = run.recipe.evaluation, run.recipe.promotion
+    validation = trained.outputs.get("validation")
+    key = stage_key("evaluate",
+                    inputs={"snapshot": snapshot, "base": run.base.digest, "fine-tune": adapter,
+                            "adapter": trained.facts["sha256"], "champion": champion.adapter_sha256 if champion else ""},
+                    config={"evaluation": evaluation.model_dump(mode="json"),
+                            "promotion": promotion.model_dump(mode="json", exclude={"policy"})})
+    result = _on_the_gpu(run, "evaluate", key, {
+        "snapshot": snapshot, "contenders": contenders, "resolution": training_size(run.base, run.recipe.training),
+        "evaluation": evaluation.model_dump(mode="json"), "promotion": promotion.model_dump(mode="json"),
+        "validation": {"sha256": validation.sha256, "bytes": validation.bytes} if validation else None,
+        "final_step": trained.facts["final_step"]})
+    facts = result.product.facts
+    run.tracker.evaluation(facts["metrics"], trained.facts["final_step"])
+    run.tracker.tags({"gate": facts["gate"]["decision"], "fingerprint": facts["fingerprint"]})
+    run.tracker.artifact("gallery/sheet.png", result.product.outputs["sheet"].sha256)
+    run.tracker.artifact("gallery/manifest.jsonl", result.product.outputs["gallery"].sha256)
+    run.tracker.artifact("evaluation.json", result.product.outputs["report"].sha256)
+    return result.key
+
+
+@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+def register(run_uid: str, adapter: str, evaluation: str) -> str:
+    """The registered model's URI."""
+    run = _open[run_uid]
+    trained, report = run.results["fine-tune"].product, run.results["evaluate"].product
+    name, sha256 = run.recipe.name, trained.facts["sha256"]
+    key = stage_key("register", inputs={"adapter": sha256, "fine-tune": adapter, "evaluation": evaluation},
+                    config={"name": name})
+
+    def produce() -> Product:
+        registration = tracking.register_model(
+            run.bench, run_uid=run_uid, name=name, base_path=run.base.path, checkpoints=_checkpoints(trained),
+            final_sha256=sha256, metrics=report.facts["metrics"],
+            dataset=(name, run.results["curate"].product.facts["digest"]),
+            tags={"evaluation_key": evaluation, "gate": report.facts["gate"]["decision"]},
+            resolution=training_size(run.base, run.recipe.training),
+            num_inference_steps=run.recipe.evaluation.num_inference_steps,
+            guidance_scale=run.recipe.evaluation.guidance_scale)
+        return Product({"adapter": trained.outputs["adapter"]},
+                       {"name": name, "version": registration.version, "uri": registration.uri}, items=1)
+
+    def still_there(product: Product) -> bool:
+        return tracking.registered(run.bench.workspace, name, product.facts["version"]) is not None
+
+    result = run.stage("register", key, produce, still_there=still_there)
+    _mirror(run, result, evaluation)
+    _promote_by_gate(run, result, report)
+    return result.product.facts["uri"]
+
+
+# what the steps share ---------------------------------------------------------------------------------------------
+
+
+def fine_tune_key(run: OpenRun, snapshot: str) -> str:
+    size = training_size(run.base, run.recipe.training)
+    return stage_key("fine-tune", inputs={"cache": cache_key(snapshot, run.base, size), "base": run.base.digest},
+                     config=run.recipe.training.model_dump(mode="json"))
+
+
+def _on_the_gpu(run: OpenRun, stage: UpTo, key: str, request: dict[str, Any]) -> StageResult:
+    """A stage of the torch child; the host's one slot is held while it works."""
+
+    def produce() -> Product:
+        with concurrency(f"gpu:{socket.gethostname()}", strict=True, lease_duration=60,
+                         raise_on_lease_renewal_failure=False):
+            return run.ask({"stage": stage, "key": key, "run_uid": run.run_uid,
+                            "base": run.recipe.base.model_dump(mode="json")} | request)
+
+    return run.stage(stage, key, produce)
+
+
+def _progress(run: OpenRun, stage: str) -> Any:
+    return lambda done, total: run.relay({"event": "progress", "stage": stage, "done": done, "total": total})
+
+
+def _note_snapshot(run: OpenRun, product: Product) -> None:
+    facts = product.facts
+    runs.update_run(run.bench.catalog, run.run_uid, snapshot_id=facts["snapshot_id"])
+    run.tracker.dataset(f"{facts['dataset']}@v{facts['version']}", facts["digest"],
+                        source=", ".join(source.path for source in run.recipe.data.sources))
+    run.tracker.tags({"snapshot": facts["digest"], "dataset_version": str(facts["version"])})
+    run.tracker.artifact("snapshot/manifest.parquet", product.outputs["manifest"].sha256)
+    run.tracker.artifact("snapshot/verdicts.parquet", product.outputs["verdicts"].sha256)
+
+
+def _replay(run: OpenRun, product: Product) -> None:
+    for line in run.bench.store.read(product.outputs["log"].sha256).decode().splitlines():
+        entry = json.loads(line)
+        step = entry.pop("step")
+        run.tracker.metrics(step, entry)
+    for name, ref in product.outputs.items():
+        if name.startswith("preview-"):
+            _, step, index = name.split("-")
+            run.tracker.image(f"preview/{index}", ref.sha256, int(step))
+
+
+def _checkpoints(trained: Product) -> list[Any]:
+    losses = {line["step"]: {name: value for name, value in line.items() if name != "step"}
+              for line in trained.facts["validation"]}
+    steps = {int(name.removeprefix("adapter-")): ref for name, ref in trained.outputs.items() if name.startswith("adapter-")}
+    return [tracking.Checkpoint(step, ref.sha256, losses.get(step, {})) for step, ref in sorted(steps.items())]
+
+
+def _champion(run: OpenRun, candidate_sha256: str) -> ModelVersion | None:
+    """The registered champion that the candidate has to beat: none when it is the candidate itself."""
+    aliases = tracking.mirror_versions(run.bench, run.recipe.name)
+    if "champion" not in aliases:
+        return None
+    with run.bench.catalog.read() as session:
+        version = session.get(ModelVersion, (run.recipe.name, aliases["champion"]))
+    return version if version is not None and version.adapter_sha256 != candidate_sha256 else None
+
+
+def _mirror(run: OpenRun, result: StageResult, evaluation: str) -> None:
+    facts = result.product.facts
+    with run.bench.catalog.write() as session:
+        if session.get(ModelVersion, (facts["name"], facts["version"])) is None:
+            session.add(ModelVersion(name=facts["name"], version=facts["version"], run_uid=run.run_uid,
+                                     adapter_sha256=result.product.outputs["adapter"].sha256, evaluation_key=evaluation,
+                                     mlflow_uri=facts["uri"], aliases=[]))
+    tracking.mirror_versions(run.bench, run.recipe.name)
+
+
+def _promote_by_gate(run: OpenRun, result: StageResult, report: Product) -> None:
+    from flows.promote import promote
+
+    facts = result.product.facts
+    if run.recipe.promotion.policy == "auto" and report.facts["gate"]["decision"] == "promote":
+        held = tracking.aliases(run.bench.workspace, facts["name"])
+        if held.get("champion") != facts["version"]:
+            promote(run.bench, facts["name"], facts["version"], by="gate", reason="every check of the gate passed")
+
+
+# the run card -----------------------------------------------------------------------------------------------------
+
+
+def publish(run: OpenRun) -> dict[str, Any]:
+    """The document that `--json` prints, kept in the catalog and with the run's artifacts."""
+    card = run_card(run)
+    run.tracker.document("run_card.json", card)
+    runs.update_run(run.bench.catalog, run.run_uid, card=card, progress={}, mlflow_run_id=run.tracker.mlflow_run_id)
+    return card
+
+
+def run_card(run: OpenRun) -> dict[str, Any]:
+    facts = {stage: result.product.facts for stage, result in run.results.items()}
+    snapshot, trained = facts["curate"], facts.get("fine-tune")
+    report, registered = facts.get("evaluate"), facts.get("register")
+    address = services.current(run.bench.workspace)
+    aliases = tracking.aliases(run.bench.workspace, run.recipe.name) if registered else {}
+    return {
+        "schema": CARD_SCHEMA, "status": "completed", "error": None, "run_uid": run.run_uid, "name": run.recipe.name,
+        "snapshot": {"name": snapshot["dataset"], "version": snapshot["version"], "digest": snapshot["digest"],
+                     "kept": snapshot["kept"], "rejected": snapshot["rejected"]},
+        "stages": [stage_line(result) for result in run.results.values()],
+        "adapter": {"path": str(run.bench.store.path(trained["sha256"])), "sha256": trained["sha256"],
+                    "step": trained["final_step"]} if trained else None,
+        "metrics": report["metrics"] if report else {},
+        "gate": {"decision": report["gate"]["decision"], "reasons": report["gate"]["reasons"]} if report else None,
+        "model": {"name": registered["name"], "version": registered["version"],
+                  "aliases": sorted(alias for alias, version in aliases.items() if version == registered["version"])}
+        if registered else None,
+        "urls": {"dashboard": f"{address.dashboard_url}/runs?run={run.run_uid}" if address.dashboard_url else None,
+                 "mlflow": run.tracker.url,
+                 "prefect": f"{address.prefect_url}/runs/flow-run/{flow_run.id}" if flow_run.id else None},
+    }
+
+
+# entry ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(recipe: Recipe, run_uid: str | None) -> Iterator[OpenRun]:
+    tags = {"prefect.flow_run_id": str(flow_run.id)} if flow_run.id else {}
+    with stopping_on_sigterm(), open_run(recipe, run_uid=run_uid, kind="retrain", on_event=_notify, tags=tags) as run:
+        runs.update_run(run.bench.catalog, run.run_uid, prefect_flow_run_id=flow_run.id or None)
+        _open[run.run_uid] = run
+        try:
+            yield run
+        finally:
+            del _open[run.run_uid]
+
+
+def _notify(event: dict[str, Any]) -> None:
+    for listener in _listeners:
+        listener(event)
+
+
+def retrain_recipe(recipe: Recipe, *, upto: UpTo = "register", run_uid: str | None = None,
+                   on_event: OnEvent | None = None) -> dict[str, Any]:
+    """Run the flow in this process, with Prefect and MLflow up, and return the run card."""
+    workspace = Workspace.from_environment().create()
+    services.adopt_environment(workspace, services.ensure_up(workspace))
+    listeners = [on_event] if on_event else []
+    _listeners.extend(listeners)
+    try:
+        return retrain(recipe, upto=upto, run_uid=run_uid)
+    finally:
+        for listener in listeners:
+            _listeners.remove(listener)
