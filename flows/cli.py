@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,16 +29,27 @@ INTERRUPTED, TERMINATED = 130, 143
 STOP_PATIENCE_S = 60.0
 EXIT_CODES = {"stopped": TERMINATED, "completed": 0}
 
-app = typer.Typer(name="safelight", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, help="From a folder of captioned pictures to a fine-tuned, evaluated,"
-                  " reviewed and registered image model, again and again, on a schedule.")
+app = typer.Typer(
+    name="safelight",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="From a folder of captioned pictures to a fine-tuned, evaluated,"
+    " reviewed and registered image model, again and again, on a schedule.",
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, TOML.")]
-DataFolder = Annotated[Path | None, typer.Option("--data", metavar="FOLDER", help="Read this folder, not the recipe's sources.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe key, for"
-                                                     " example training.rank=32. May be repeated.")]
-Verbatim = Annotated[bool, typer.Option("--verify", help="Hash every source file, whatever its time stamps say.")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", metavar="FOLDER", help="Read this folder, not the recipe's sources.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one recipe key, for example training.rank=32. May be repeated."
+    ),
+]
 
 
 # a workspace and its services -------------------------------------------------------------------------------------
@@ -48,24 +59,23 @@ Verbatim = Annotated[bool, typer.Option("--verify", help="Hash every source file
 def demo(as_json: AsJson = False) -> None:
     """Teach the embedded base model an app-icon style, end to end, offline; a second time everything is reused."""
     with _reporter(as_json) as reporter:
-        from components.demo.icons import METADATA_NAME, write_icons
         from flows import services
+        from flows.demo import RECIPE, write_pictures
 
         bench = _open_bench()
-        folder = bench.workspace.home / "demo" / "app-icons"
+        folder = write_pictures(bench.workspace, reporter.say)
+        recipe = _read_recipe(RECIPE, data=folder)
         running = services.up(bench.workspace, progress=reporter.say)
-        if not (folder / METADATA_NAME).exists():
-            counts = write_icons(folder, _known_words())
-            reporter.say(f"icons: {counts.train} to train on, {counts.test} held out, in {folder}")
         services.adopt_environment(bench.workspace, running)
-        recipe = _read_recipe(Path(__file__).parent / "recipes" / "demo.toml", data=folder)
         _retrain(reporter, recipe)
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the recipe goes.")] = Path(),
-         force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
-         as_json: AsJson = False) -> None:
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the recipe goes.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Create the workspace and write a commented starter recipe, recipe.toml."""
     with _reporter(as_json) as reporter:
         from flows.starter import write_starter_recipe
@@ -74,21 +84,28 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where 
         path = write_starter_recipe(folder, force=force)
         reporter.finish(
             {"schema": SCHEMA, "status": "completed", "recipe": str(path), "home": str(bench.workspace.home)},
-            lambda: reporter.say(f"wrote {path}\nworkspace {bench.workspace.home}\nnext: safelight plan {path}"))
+            lambda: reporter.say(f"wrote {path}\nworkspace {bench.workspace.home}\nnext: safelight plan {path}"),
+        )
 
 
 @app.command()
-def up(host: Annotated[str, typer.Option(help="Address to listen on; only this machine's own are accepted.")] = "127.0.0.1",
-       as_json: AsJson = False) -> None:
-    """Start Prefect, MLflow, the dashboard and the deployment runner, in the background, and wait until all are healthy."""
+def up(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; only this machine's own are accepted.")
+    ] = "127.0.0.1",
+    as_json: AsJson = False,
+) -> None:
+    """Start Prefect, MLflow, the dashboard and the deployment runner in the background; wait until all are healthy."""
     with _reporter(as_json) as reporter:
         from flows import services
 
         bench = _open_bench()
         running = services.up(bench.workspace, host=host, progress=reporter.say)
         urls = _addresses(running)
-        reporter.finish({"schema": SCHEMA, "status": "completed", "urls": urls},
-                        lambda: reporter.table(("service", "address"), [(k, v or "not running") for k, v in urls.items()]))
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed", "urls": urls},
+            lambda: reporter.table(("service", "address"), [(k, v or "not running") for k, v in urls.items()]),
+        )
 
 
 @app.command()
@@ -98,8 +115,10 @@ def down(as_json: AsJson = False) -> None:
         from flows import services
 
         ended = services.down(Workspace.from_environment(), progress=reporter.say)
-        reporter.finish({"schema": SCHEMA, "status": "completed", "ended": ended},
-                        lambda: reporter.say("nothing was running") if not ended else None)
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed", "ended": ended},
+            lambda: reporter.say("nothing was running") if not ended else None,
+        )
 
 
 @app.command()
@@ -116,24 +135,35 @@ def status(as_json: AsJson = False) -> None:
 
         def show() -> None:
             reporter.say(f"workspace {bench.workspace.home}")
-            reporter.table(("service", "state", "address", "pid", "detail"),
-                           [(s.name, s.state, s.url or None, s.pid, s.detail) for s in states])
+            reporter.table(
+                ("service", "state", "address", "pid", "detail"),
+                [(s.name, s.state, s.url or None, s.pid, s.detail) for s in states],
+            )
             for run in running:
                 reporter.say(f"running   {run.run_uid}  {run.name}  {_progress_in_words(run)}")
             for entry in schedules:
                 reporter.say(f"schedule  {entry.name}  {entry.in_words}")
 
-        reporter.finish({
-            "schema": SCHEMA, "status": "completed", "home": str(bench.workspace.home),
-            "services": [{"name": s.name, "state": s.state, "url": s.url, "pid": s.pid, "detail": s.detail} for s in states],
-            "running": [_run_document(run) for run in running],
-            "schedules": [{"name": entry.name, "when": entry.in_words} for entry in schedules],
-        }, show)
+        reporter.finish(
+            {
+                "schema": SCHEMA,
+                "status": "completed",
+                "home": str(bench.workspace.home),
+                "services": [
+                    {"name": s.name, "state": s.state, "url": s.url, "pid": s.pid, "detail": s.detail} for s in states
+                ],
+                "running": [_run_document(run) for run in running],
+                "schedules": [{"name": entry.name, "when": entry.in_words} for entry in schedules],
+            },
+            show,
+        )
 
 
 @app.command()
-def doctor(fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended.")] = False, as_json: AsJson = False) -> None:
-    """Look for what a crash, a full disk or a wrong version left behind. Exit code 0 when nothing is wrong, or all is mended."""
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended.")] = False, as_json: AsJson = False
+) -> None:
+    """Look for what a crash, a full disk or a wrong version left behind. Exit code 0: nothing wrong, or all mended."""
     with _reporter(as_json) as reporter:
         from flows import reconcile, services
 
@@ -145,11 +175,20 @@ def doctor(fix: Annotated[bool, typer.Option("--fix", help="Mend what can be men
             for finding in findings:
                 reporter.say(f"{'mended' if finding.fixed else 'found'}: {finding.what}", "bold")
                 reporter.say(f"  where: {finding.where}\n  {'did' if finding.fixed else 'mend'}: {finding.mend}")
-            reporter.say("all is well" if not findings else "" if fix else "`safelight doctor --fix` mends what can be mended")
+            reporter.say(
+                "all is well" if not findings else "" if fix else "`safelight doctor --fix` mends what can be mended"
+            )
 
         healthy = all(finding.fixed for finding in findings)
-        reporter.finish({"schema": SCHEMA, "status": "completed" if healthy else "failed", "healthy": healthy, "findings": [
-            {"what": f.what, "where": f.where, "mend": f.mend, "fixed": f.fixed} for f in findings]}, show)
+        reporter.finish(
+            {
+                "schema": SCHEMA,
+                "status": "completed" if healthy else "failed",
+                "healthy": healthy,
+                "findings": [{"what": f.what, "where": f.where, "mend": f.mend, "fixed": f.fixed} for f in findings],
+            },
+            show,
+        )
         raise typer.Exit(0 if healthy else 1)
 
 
@@ -192,11 +231,13 @@ def evaluate(recipe: RecipePath, data: DataFolder = None, overrides: Overrides =
 
 
 @app.command()
-def promote(name: Annotated[str, typer.Argument(metavar="MODEL", help="A registered model: NAME, NAME@ALIAS or NAME/VERSION.")],
-            reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
-            by: Annotated[str | None, typer.Option(help="Who decides; default: the user's name.")] = None,
-            force: Annotated[bool, typer.Option("--force", help="Also when the gate rejects the version.")] = False,
-            as_json: AsJson = False) -> None:
+def promote(
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="A registered model: NAME, NAME@ALIAS or NAME/VERSION.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
+    by: Annotated[str | None, typer.Option(help="Who decides; default: the user's name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also when the gate rejects the version.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Make a version the champion (default: the challenger); the champion before it becomes `previous`."""
     with _reporter(as_json) as reporter:
         bench = _open_bench()
@@ -206,20 +247,28 @@ def promote(name: Annotated[str, typer.Argument(metavar="MODEL", help="A registe
 
         name, version = _split_model(name, lambda model: tracking.aliases(bench.workspace, model))
         outcome = promotion.promote_version(name, version, by=by or _user(), reason=reason, force=force)
-        reporter.finish({"schema": SCHEMA, "status": "completed"} | outcome, lambda: reporter.say(
-            f"{outcome['name']} version {outcome['version']} is the champion; gate: {outcome['decision']};"
-            f" previous: {outcome['previous'] or 'none'}"))
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed"} | outcome,
+            lambda: reporter.say(
+                f"{outcome['name']} version {outcome['version']} is the champion; gate: {outcome['decision']};"
+                f" previous: {outcome['previous'] or 'none'}"
+            ),
+        )
 
 
 @app.command()
-def schedule(recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe, TOML.")] = None,
-             cron: Annotated[str | None, typer.Option(help='A cron line, for example "0 3 * * *".')] = None,
-             every: Annotated[str | None, typer.Option(help="A span: 30m, 6h, 1d.")] = None,
-             when_new: Annotated[int | None, typer.Option(help="Run when this many pictures are new or changed.")] = None,
-             data: DataFolder = None, overrides: Overrides = None,
-             listing: Annotated[bool, typer.Option("--list", help="Show the schedules.")] = False,
-             remove: Annotated[str | None, typer.Option(metavar="NAME", help="Forget a schedule.")] = None,
-             as_json: AsJson = False) -> None:
+def schedule(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe, TOML.")] = None,
+    *,
+    cron: Annotated[str | None, typer.Option(help='A cron line, for example "0 3 * * *".')] = None,
+    every: Annotated[str | None, typer.Option(help="A span: 30m, 6h, 1d.")] = None,
+    when_new: Annotated[int | None, typer.Option(help="Run when this many pictures are new or changed.")] = None,
+    data: DataFolder = None,
+    overrides: Overrides = None,
+    listing: Annotated[bool, typer.Option("--list", help="Show the schedules.")] = False,
+    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Forget a schedule.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Run a recipe by itself, while `safelight up` is on: by the clock, or when enough pictures are new."""
     with _reporter(as_json) as reporter:
         from flows import deployments, services
@@ -230,8 +279,14 @@ def schedule(recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", h
             deployments.remove_schedule(bench.workspace, remove)
             document["removed"] = remove
         elif recipe is not None:
-            entry = deployments.store_schedule(bench.workspace, _read_recipe(recipe, overrides, data), recipe, cron=cron,
-                                               every=every, when_new=when_new)
+            entry = deployments.store_schedule(
+                bench.workspace,
+                _read_recipe(recipe, overrides, data),
+                recipe,
+                cron=cron,
+                every=every,
+                when_new=when_new,
+            )
             document["stored"] = entry.name
         elif not listing:
             raise BadInput("nothing to schedule; name a recipe, or pass --list or --remove NAME")
@@ -251,22 +306,42 @@ def schedule(recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", h
 
 
 @app.command()
-def runs(limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20, as_json: AsJson = False) -> None:
+def runs(
+    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20, as_json: AsJson = False
+) -> None:
     """The newest runs."""
     with _reporter(as_json) as reporter:
         bench = _open_bench()
         rows = _newest_runs(bench, limit)
         reporter.finish(
             {"schema": SCHEMA, "status": "completed", "runs": [_run_document(run) for run in rows]},
-            lambda: reporter.table(("run", "name", "kind", "status", "began", "gate", "model", "where it is"), [
-                (run.run_uid, run.name, run.kind, run.status, f"{run.created_at:%Y-%m-%d %H:%M}",
-                 (run.card.get("gate") or {}).get("decision"), (run.card.get("model") or {}).get("version"),
-                 _progress_in_words(run) or run.error) for run in rows]))
+            lambda: reporter.table(
+                ("run", "name", "kind", "status", "began", "gate", "model", "where it is"),
+                [
+                    (
+                        run.run_uid,
+                        run.name,
+                        run.kind,
+                        run.status,
+                        f"{run.created_at:%Y-%m-%d %H:%M}",
+                        (run.card.get("gate") or {}).get("decision"),
+                        (run.card.get("model") or {}).get("version"),
+                        _progress_in_words(run) or run.error,
+                    )
+                    for run in rows
+                ],
+            ),
+        )
 
 
 @app.command()
-def show(what: Annotated[str, typer.Argument(metavar="RUN|FILE|MODEL", help="The start of a run's uid, an adapter file, or a"
-                                             " model's name.")], as_json: AsJson = False) -> None:
+def show(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="RUN|FILE|MODEL", help="The start of a run's uid, an adapter file, or a model's name."),
+    ],
+    as_json: AsJson = False,
+) -> None:
     """Everything known about a run, an adapter file or a registered model."""
     with _reporter(as_json) as reporter:
         from flows import showing
@@ -283,9 +358,11 @@ def show(what: Annotated[str, typer.Argument(metavar="RUN|FILE|MODEL", help="The
 
 
 @app.command()
-def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="The start of a run's uid.")],
-         lines: Annotated[int, typer.Option(min=1, help="How many lines at most, the last ones.")] = 200,
-         as_json: AsJson = False) -> None:
+def logs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The start of a run's uid.")],
+    lines: Annotated[int, typer.Option(min=1, help="How many lines at most, the last ones.")] = 200,
+    as_json: AsJson = False,
+) -> None:
     """What a run said."""
     with _reporter(as_json) as reporter:
         from flows import showing
@@ -293,35 +370,44 @@ def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="The start of a 
         bench = _open_bench()
         row = _find_run(bench, run)
         told = showing.log_lines(bench, row.run_uid)[-lines:]
-        reporter.finish({"schema": SCHEMA, "status": "completed", "run_uid": row.run_uid, "lines": told},
-                        lambda: reporter.say("\n".join(told) or "nothing was written down"))
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed", "run_uid": row.run_uid, "lines": told},
+            lambda: reporter.say("\n".join(told) or "nothing was written down"),
+        )
 
 
 @app.command()
-def stop(run: Annotated[str, typer.Argument(metavar="RUN", help="The start of a run's uid.")], as_json: AsJson = False) -> None:
+def stop(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The start of a run's uid.")], as_json: AsJson = False
+) -> None:
     """Ask a run to save what it has and end; wait until it has."""
     with _reporter(as_json) as reporter:
         bench = _open_bench()
         row = _find_run(bench, run)
         told = _stop_run(bench, row)
-        reporter.finish({"schema": SCHEMA, "status": "completed", "run_uid": row.run_uid, "outcome": told},
-                        lambda: reporter.say(f"{row.run_uid}: {told}"))
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed", "run_uid": row.run_uid, "outcome": told},
+            lambda: reporter.say(f"{row.run_uid}: {told}"),
+        )
 
 
 # using a model ----------------------------------------------------------------------------------------------------
 
 
 @app.command()
-def generate(prompt: Annotated[list[str], typer.Option(help="What to draw. May be repeated.")],
-             model: Annotated[str | None, typer.Option(help="A registered model: NAME, NAME@ALIAS or NAME/VERSION.")] = None,
-             adapter: Annotated[Path | None, typer.Option(help="An adapter file instead.")] = None,
-             base: Annotated[str, typer.Option(help="The base model, for --adapter and for none of both.")] = "embedded",
-             seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
-             count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt, with consecutive seeds.")] = 1,
-             num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampler steps.")] = None,
-             guidance_scale: Annotated[float | None, typer.Option("--guidance", min=1, help="Classifier-free guidance.")] = None,
-             out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("generated"),
-             as_json: AsJson = False) -> None:
+def generate(
+    *,
+    prompt: Annotated[list[str], typer.Option(help="What to draw. May be repeated.")],
+    model: Annotated[str | None, typer.Option(help="A registered model: NAME, NAME@ALIAS or NAME/VERSION.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter file instead.")] = None,
+    base: Annotated[str, typer.Option(help="The base model, for --adapter and for none of both.")] = "embedded",
+    seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt, with consecutive seeds.")] = 1,
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampler steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance", min=1, help="Classifier-free guidance.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("generated"),
+    as_json: AsJson = False,
+) -> None:
     """Draw pictures with a registered model, an adapter file or the base alone."""
     with _reporter(as_json) as reporter:
         from flows import drawing
@@ -329,15 +415,19 @@ def generate(prompt: Annotated[list[str], typer.Option(help="What to draw. May b
         bench = _open_bench()
         wanted = drawing.Wanted(tuple(prompt), seed, count, num_inference_steps, guidance_scale)
         files = drawing.draw(bench, wanted, model=model, adapter=adapter, base=base, out=out, on_event=reporter.event)
-        reporter.finish({"schema": SCHEMA, "status": "completed", "files": [str(file) for file in files]},
-                        lambda: reporter.say("\n".join(map(str, files))))
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed", "files": [str(file) for file in files]},
+            lambda: reporter.say("\n".join(map(str, files))),
+        )
 
 
 @app.command()
-def export(model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION.")],
-           out: Annotated[Path, typer.Option(help="Folder to write.")],
-           layout: Annotated[list[str] | None, typer.Option(help="diffusers or kohya; default both.")] = None,
-           as_json: AsJson = False) -> None:
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    layout: Annotated[list[str] | None, typer.Option(help="diffusers or kohya; default both.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Write a registered adapter as files that other programs load."""
     with _reporter(as_json) as reporter:
         from flows import showing
@@ -351,13 +441,23 @@ def export(model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAM
 
         exported = export_adapter(bench, version.adapter_sha256, out, layouts=tuple(layouts), run_uid=version.run_uid)
         files = {name: str(path) for name, path in exported.files.items()}
-        reporter.finish({"schema": SCHEMA, "status": "completed", "model": version.name, "version": version.version,
-                         "files": files, "card": str(exported.card)},
-                        lambda: reporter.say("\n".join([*files.values(), str(exported.card)])))
+        reporter.finish(
+            {
+                "schema": SCHEMA,
+                "status": "completed",
+                "model": version.name,
+                "version": version.version,
+                "files": files,
+                "card": str(exported.card),
+            },
+            lambda: reporter.say("\n".join([*files.values(), str(exported.card)])),
+        )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-             add_help_option=False)
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
 def pretrain(context: typer.Context) -> None:
     """Train a small base model from scratch; `safelight pretrain --help` lists its own options."""
     from flows.pretrain import main as pretrain_main
@@ -375,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(arguments))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int:  # noqa: PLR0911
     try:
         code = app(arguments, prog_name="safelight", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -384,7 +484,9 @@ def _run(arguments: list[str]) -> int:
     except SafelightError as error:
         return _fail(arguments, str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(arguments, "stopped by Ctrl-C; the same command goes on from the last commit", INTERRUPTED, "stopped")
+        return _fail(
+            arguments, "stopped by Ctrl-C; the same command goes on from the last commit", INTERRUPTED, "stopped"
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
         return 1
@@ -467,14 +569,6 @@ def _retrain(reporter: "Reporter", recipe: "Recipe", upto: str = "register") -> 
     raise typer.Exit(EXIT_CODES.get(card["status"], StageFailed.exit_code))
 
 
-def _known_words() -> set[str]:
-    """The words of the embedded base's captions."""
-    from components.families.bases import EMBEDDED
-    from flows.drawing import known_words
-
-    return known_words(EMBEDDED)
-
-
 def _addresses(running: Any) -> dict[str, str]:
     return {"dashboard": running.dashboard_url, "mlflow": running.mlflow_url, "prefect": running.prefect_url}
 
@@ -506,9 +600,21 @@ def _find_run(bench: "Bench", start: str, *, required: bool = True) -> Any:
 
 
 def _run_document(run: "Run") -> dict[str, Any]:
-    return {"run_uid": run.run_uid, "name": run.name, "kind": run.kind, "status": run.status, "created_at": run.created_at,
-            "ended_at": run.ended_at, "host": run.host, "pid": run.pid, "progress": run.progress, "error": run.error,
-            "gate": run.card.get("gate"), "model": run.card.get("model"), "urls": run.card.get("urls")}
+    return {
+        "run_uid": run.run_uid,
+        "name": run.name,
+        "kind": run.kind,
+        "status": run.status,
+        "created_at": run.created_at,
+        "ended_at": run.ended_at,
+        "host": run.host,
+        "pid": run.pid,
+        "progress": run.progress,
+        "error": run.error,
+        "gate": run.card.get("gate"),
+        "model": run.card.get("model"),
+        "urls": run.card.get("urls"),
+    }
 
 
 def _progress_in_words(run: "Run") -> str:
@@ -527,7 +633,9 @@ def _stop_run(bench: "Bench", run: "Run") -> str:
         return f"is not running, it is {run.status}"
     process = process_of(run)
     if process is None:
-        raise BadInput(f"{run.run_uid}: its process {run.pid} on {run.host} is not there; `safelight doctor --fix` clears it up")
+        raise BadInput(
+            f"{run.run_uid}: its process {run.pid} on {run.host} is not there; `safelight doctor --fix` clears it up"
+        )
     family = [*process.children(recursive=True), process]
     process.terminate()
     _, alive = psutil.wait_procs([process], timeout=STOP_PATIENCE_S)
@@ -543,7 +651,7 @@ def _stop_run(bench: "Bench", run: "Run") -> str:
     return "killed, it did not end by itself" if alive else "stopped"
 
 
-def _split_model(name: str, aliases: Any) -> tuple[str, int | None]:
+def _split_model(name: str, aliases: Callable[[str], Mapping[str, int]]) -> tuple[str, int | None]:
     """NAME, NAME@ALIAS or NAME/VERSION as (name, version); None: the one that the command takes by default."""
     model, at, alias = name.partition("@")
     if at:

@@ -34,10 +34,18 @@ class Reporter:
         """A line for a person."""
         self.console.print(text, style=style)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None,
-              right: Sequence[str] = ()) -> None:
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        *,
+        title: str | None = None,
+        right: Sequence[str] = (),
+    ) -> None:
         """A table for a person; columns named in `right` are aligned to the right."""
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+        )
         for column in columns:
             table.add_column(column, justify="right" if column in right else "left", overflow="fold")
         for row in rows:
@@ -51,7 +59,9 @@ class Reporter:
             self._bar(event["stage"], event["done"], event["total"])
         elif kind == "stage":
             self._settle(event["stage"])
-            self.say(f"{event['stage']:<10} {event['outcome']:<9} {seconds(event['seconds']):>8}  {event['items']} items")
+            self.say(
+                f"{event['stage']:<10} {event['outcome']:<9} {seconds(event['seconds']):>8}  {event['items']} items"
+            )
         elif kind == "run":
             self.say(f"run {event['run_uid']}", "dim")
         elif kind == "log":
@@ -71,8 +81,14 @@ class Reporter:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._progress is None:
-            self._progress = Progress(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(),
-                                      TimeRemainingColumn(), console=self.console, transient=True)
+            self._progress = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
             self._progress.start()
         if stage not in self._bars:
             self._bars[stage] = self._progress.add_task(stage, total=total)
@@ -115,20 +131,29 @@ def number(value: float | None) -> str:
 
 
 def show_card(reporter: Reporter, card: Mapping[str, Any]) -> None:
-    """The summary of a run for a person: stages, metrics with their intervals, the gate's word, the model, the links."""
+    """The summary of a run for a person: stages, metrics with intervals, the gate's word, the model, the links."""
     snapshot = card.get("snapshot")
     if snapshot:
-        reporter.say(f"\nsnapshot  {snapshot['name']} v{snapshot['version']}  {snapshot['kept']} kept,"
-                     f" {snapshot['rejected']} rejected  {snapshot['digest'][:12]}")
+        reporter.say(
+            f"\nsnapshot  {snapshot['name']} v{snapshot['version']}  {snapshot['kept']} kept,"
+            f" {snapshot['rejected']} rejected  {snapshot['digest'][:12]}"
+        )
     reporter.say()
-    reporter.table(("stage", "outcome", "seconds", "items"),
-                   [(stage["name"], stage["outcome"], f"{stage['seconds']:.1f}", stage["items"])
-                    for stage in card.get("stages") or []], right=("seconds", "items"))
+    reporter.table(
+        ("stage", "outcome", "seconds", "items"),
+        [
+            (stage["name"], stage["outcome"], f"{stage['seconds']:.1f}", stage["items"])
+            for stage in card.get("stages") or []
+        ],
+        right=("seconds", "items"),
+    )
     if card.get("metrics"):
         reporter.say()
-        reporter.table(("metric", "candidate", "base", "champion", "difference to base [95 %]", "better", "n"),
-                       [_metric_row(name, metric) for name, metric in card["metrics"].items()],
-                       right=("candidate", "base", "champion", "n"))
+        reporter.table(
+            ("metric", "candidate", "base", "champion", "difference to base [95 %]", "better", "n"),
+            [_metric_row(name, metric) for name, metric in card["metrics"].items()],
+            right=("candidate", "base", "champion", "n"),
+        )
     gate = card.get("gate")
     if gate and gate.get("decision"):
         reporter.say(f"\ngate      {gate['decision']}", "bold")
@@ -152,5 +177,12 @@ def _metric_row(name: str, metric: Mapping[str, Any]) -> tuple[Any, ...]:
     interval = DASH
     if difference.get("value") is not None:
         interval = f"{number(difference['value'])} [{number(difference.get('low'))}, {number(difference.get('high'))}]"
-    return (name, number(metric.get("candidate")), number(metric.get("base")), number(metric.get("champion")), interval,
-            metric.get("better"), metric.get("n"))
+    return (
+        name,
+        number(metric.get("candidate")),
+        number(metric.get("base")),
+        number(metric.get("champion")),
+        interval,
+        metric.get("better"),
+        metric.get("n"),
+    )

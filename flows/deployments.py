@@ -8,7 +8,7 @@ when enough new pictures lie in a recipe's sources.
 import json
 import os
 import re
-import socket
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Self
 from sqlalchemy import select
 
 from components.catalog.database import Catalog
-from components.catalog.models import SourceFile
+from components.catalog.models import Snapshot, SnapshotItem, SourceFile
 from components.config import Recipe
+from components.curation.sources import NO_PICTURES, PEERS_CACHES, PICTURE_SUFFIXES
 from components.errors import BadInput
 from components.stages import Bench
 from components.storage import atomic_write
@@ -30,6 +31,7 @@ from flows import services
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from anyio import CancelScope
     from prefect import Flow
     from prefect.client.orchestration import PrefectClient
     from prefect.runner import Runner
@@ -38,14 +40,11 @@ POLL_S = 3.0
 SCAN_EVERY_S = 10.0
 SHORTEST_S = 30
 SPANS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-ZOMBIE_AUTOMATION = "safelight: a flow run without heartbeats has crashed"
-HEARTBEATS_MISSED_S = 90  # three of the shortest that Prefect accepts
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleEntry:
-    """When a recipe runs by itself: by a cron line, every so many seconds, when so many pictures are new, or several."""
+    """When a recipe runs by itself: by a cron line, every so often, when so many pictures are new, or several."""
 
     name: str
     recipe: dict[str, Any]
@@ -83,8 +82,15 @@ def list_schedules(workspace: Workspace) -> list[ScheduleEntry]:
     return found
 
 
-def store_schedule(workspace: Workspace, recipe: Recipe, recipe_path: Path, *, cron: str | None = None,
-                   every: str | None = None, when_new: int | None = None) -> ScheduleEntry:
+def store_schedule(
+    workspace: Workspace,
+    recipe: Recipe,
+    recipe_path: Path,
+    *,
+    cron: str | None = None,
+    every: str | None = None,
+    when_new: int | None = None,
+) -> ScheduleEntry:
     """Keep a schedule for `recipe`, in place of the one its name had. Raises BadInput for one that never comes due."""
     if not (cron or every or when_new):
         raise BadInput('no schedule given; add --every 6h, --cron "0 3 * * *" or --when-new 50')
@@ -93,8 +99,13 @@ def store_schedule(workspace: Workspace, recipe: Recipe, recipe_path: Path, *, c
     if when_new is not None and when_new < 1:
         raise BadInput(f"--when-new {when_new}: expected a number of pictures, 1 or more")
     entry = ScheduleEntry(
-        name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_path=str(recipe_path.resolve()), cron=cron,
-        every_s=parse_span(every) if every else None, when_new=when_new, created_at=datetime.now(UTC).isoformat(),
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+        recipe_path=str(recipe_path.resolve()),
+        cron=cron,
+        every_s=parse_span(every) if every else None,
+        when_new=when_new,
+        created_at=datetime.now(UTC).isoformat(),
     )
     schedules_dir(workspace).mkdir(parents=True, exist_ok=True)
     with atomic_write(schedules_dir(workspace) / f"{entry.name}.json") as file:
@@ -138,36 +149,61 @@ def check_cron(text: str) -> None:
     try:
         CronSchedule(cron=text)
     except ValueError:
-        raise BadInput(f'--cron {text!r}: expected five fields, for example "0 3 * * *" for 3 o\'clock every night') from None
+        raise BadInput(
+            f'--cron {text!r}: expected five fields, for example "0 3 * * *" for 3 o\'clock every night'
+        ) from None
 
 
 # new pictures -----------------------------------------------------------------------------------------------------
 
 
-def count_new_pictures(catalog: Catalog, sources: list[Mapping[str, Any]]) -> int:
-    """How many picture files of the sources are not as the catalog last saw them: added or changed on disk.
+def count_new_pictures(catalog: Catalog, dataset: str, sources: list[Mapping[str, Any]]) -> int:
+    """How many picture files of the sources are new or changed since the dataset's last snapshot.
 
     Looks at directory entries only; no file is opened.
     """
+    known, unreadable = _last_snapshot(catalog, dataset)
+    return sum(
+        known.get(path) != (stat.st_size, stat.st_mtime_ns, stat.st_ino) and Path(path).name not in unreadable
+        for source in sources
+        for path, stat in _pictures(Path(source["path"]))
+    )
+
+
+def _last_snapshot(catalog: Catalog, dataset: str) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
+    """What the files of the newest snapshot looked like when they were hashed, and names of those that never were."""
+    newest = select(Snapshot.id).where(Snapshot.dataset == dataset).order_by(Snapshot.version.desc()).limit(1)
     with catalog.read() as session:
-        rows = session.execute(select(SourceFile.path, SourceFile.size, SourceFile.mtime_ns, SourceFile.inode))
-        seen = {path: (size, mtime_ns, inode) for path, size, mtime_ns, inode in rows}
-    return sum(seen.get(path) != (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-               for source in sources for path, stat in _pictures(Path(source["path"])))
+        items = session.execute(
+            select(SnapshotItem.sha256, SnapshotItem.file_name).where(
+                SnapshotItem.snapshot_id == newest.scalar_subquery()
+            )
+        ).all()
+        digests = {sha256 for sha256, _ in items}
+        files = session.execute(
+            select(SourceFile.path, SourceFile.size, SourceFile.mtime_ns, SourceFile.inode, SourceFile.sha256)
+        ).all()
+    known = {path: (size, mtime_ns, inode) for path, size, mtime_ns, inode, sha256 in files if sha256 in digests}
+    return known, {Path(name).name for sha256, name in items if sha256 is None}
 
 
 def _pictures(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    pending = [root]
+    pending = [root.resolve()]
     while pending:
         try:
             with os.scandir(pending.pop()) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
-                        pending.append(Path(entry.path))
-                    elif entry.is_file() and Path(entry.name).suffix.lower() in PICTURES:
+                        if not entry.name.startswith(".") and entry.name.lower() not in PEERS_CACHES:
+                            pending.append(Path(entry.path))
+                    elif entry.is_file() and _is_picture(Path(entry.name)):
                         yield entry.path, entry.stat()
         except OSError:
             continue  # a folder that went away or is closed to us holds nothing new; the run itself will say so
+
+
+def _is_picture(name: Path) -> bool:
+    return name.suffix.lower() in PICTURE_SUFFIXES and not name.stem.endswith(NO_PICTURES)
 
 
 class Trigger:
@@ -189,37 +225,6 @@ class Trigger:
 
 
 # the runner -------------------------------------------------------------------------------------------------------
-
-
-async def prepare_prefect(client: "PrefectClient") -> None:
-    """Create what runs rely on, where it is missing: this host's slot, and the automation that ends zombies."""
-    from prefect.automations import AutomationCore
-    from prefect.client.schemas.objects import StateType
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import EventTrigger, Posture
-    from prefect.events.schemas.events import ResourceSpecification
-
-    await client.upsert_global_concurrency_limit_by_name(slot_name(), 1)
-    if await client.read_automations_by_name(ZOMBIE_AUTOMATION):
-        return
-    final = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Cancelling",
-                                                       "Paused", "Suspended", "AwaitingRetry", "Scheduled")}
-    await client.create_automation(AutomationCore(
-        name=ZOMBIE_AUTOMATION,
-        description="The process that ran it is gone; its results so far are kept and the next run goes on from them.",
-        trigger=EventTrigger(
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            for_each={"prefect.resource.id"}, after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat"} | final, posture=Posture.Proactive, threshold=1,
-            within=timedelta(seconds=HEARTBEATS_MISSED_S),
-        ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="No heartbeat for 90 s.")],
-    ))
-
-
-def slot_name() -> str:
-    """The concurrency limit that keeps one training at a time on this host."""
-    return f"gpu:{socket.gethostname()}"
 
 
 class Deployments:
@@ -252,7 +257,8 @@ class Deployments:
         from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 
         tagged = await self.client.read_deployments(
-            deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["safelight"])))
+            deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["safelight"]))
+        )
         names = {entry.name for entry in list_schedules(self.bench.workspace)}
         for deployment in tagged:
             if deployment.name not in names:
@@ -276,9 +282,12 @@ class Deployments:
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
                 expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) - timedelta(seconds=60)),
-            ))
+            ),
+        )
         for run in missed:
-            await self.client.set_flow_run_state(run.id, Cancelled(message="Came due while Safelight was down."), force=True)
+            await self.client.set_flow_run_state(
+                run.id, Cancelled(message="Came due while Safelight was down."), force=True
+            )
 
     async def start_on_new_pictures(self) -> None:
         """Start a run of every schedule whose sources hold enough new pictures and that is not running already."""
@@ -286,10 +295,11 @@ class Deployments:
 
         for name, trigger in self.triggers.items():
             entry, deployment_id = self.applied[name]
-            count = await run_sync(count_new_pictures, self.bench.catalog, entry.recipe["data"]["sources"])
+            count = await run_sync(count_new_pictures, self.bench.catalog, name, entry.recipe["data"]["sources"])
             if trigger.fires(count) and not await self._is_running(deployment_id):
                 await self.client.create_flow_run_from_deployment(
-                    deployment_id, tags=["new-pictures"], name=f"{name}-{count}-new-{datetime.now(UTC):%H%M%S}")
+                    deployment_id, tags=["new-pictures"], name=f"{name}-{count}-new-{datetime.now(UTC):%H%M%S}"
+                )
 
     def _deployment(self, entry: ScheduleEntry) -> Any:
         from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
@@ -297,11 +307,23 @@ class Deployments:
         from prefect.deployments.runner import EntrypointType, RunnerDeployment
 
         due: list[Any] = [CronSchedule(cron=entry.cron)] if entry.cron else []
-        due += [IntervalSchedule(interval=timedelta(seconds=entry.every_s),
-                                 anchor_date=datetime.fromisoformat(entry.created_at))] if entry.every_s else []
+        due += (
+            [
+                IntervalSchedule(
+                    interval=timedelta(seconds=entry.every_s), anchor_date=datetime.fromisoformat(entry.created_at)
+                )
+            ]
+            if entry.every_s
+            else []
+        )
         return RunnerDeployment.from_flow(
-            self.flow, name=entry.name, parameters={"recipe": entry.recipe}, schedules=due, tags=["safelight", entry.name],
-            description=f"{entry.recipe_path}, {entry.in_words}", entrypoint_type=EntrypointType.MODULE_PATH,
+            self.flow,
+            name=entry.name,
+            parameters={"recipe": entry.recipe},
+            schedules=due,
+            tags=["safelight", entry.name],
+            description=f"{entry.recipe_path}, {entry.in_words}",
+            entrypoint_type=EntrypointType.MODULE_PATH,
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         )
 
@@ -317,9 +339,11 @@ class Deployments:
 
         busy = await self.client.read_flow_runs(
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(
-                type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))),
-            limit=1)
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+            ),
+            limit=1,
+        )
         return bool(busy)
 
     async def _delete(self, deployment_id: "UUID") -> None:
@@ -339,12 +363,12 @@ async def serve(workspace: Workspace, flow: "Flow[..., Any]", *, log: Callable[[
 
     runner = Runner(name="safelight", pause_on_shutdown=False, limit=None)
     async with get_client() as client, anyio.create_task_group() as group:
-        await prepare_prefect(client)
         deployments = Deployments(workspace, flow, runner, client)
         await deployments.drop_orphans()
         await deployments.skip_missed()
         await deployments.follow_files()
         group.start_soon(runner.start)
+        group.start_soon(_end_on_sigterm, runner, group.cancel_scope)
         scanned = 0.0
         while True:
             services.beat_file(workspace).touch()
@@ -356,6 +380,19 @@ async def serve(workspace: Workspace, flow: "Flow[..., Any]", *, log: Callable[[
             except Exception as error:  # a server that restarts, a database that is locked: look again
                 log(f"{type(error).__name__}: {error}")
             await anyio.sleep(POLL_S)
+
+
+async def _end_on_sigterm(runner: "Runner", scope: "CancelScope") -> None:
+    """Cancel what runs, then end. The runner's own handler, which this replaces, leaves before it has cancelled."""
+    import anyio
+
+    while not runner.started:
+        await anyio.sleep(0.1)
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            await runner.astop()
+            scope.cancel()
+            return
 
 
 def main() -> None:

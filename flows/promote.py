@@ -14,8 +14,9 @@ from flows import tracking
 GATE = "gate"  # the name under which policy "auto" decides
 
 
-def promote(bench: Bench, name: str, version: int | None = None, *, by: str, reason: str = "",
-            force: bool = False) -> dict[str, Any]:
+def promote(
+    bench: Bench, name: str, version: int | None = None, *, by: str, reason: str = "", force: bool = False
+) -> dict[str, Any]:
     """Make a registered version the champion; the one before becomes `previous`. None: the challenger.
 
     The gate itself (`by` "gate") moves only what it would promote; a person may promote what it holds, and with
@@ -39,7 +40,9 @@ def promote(bench: Bench, name: str, version: int | None = None, *, by: str, rea
 
 
 @flow(name="promote", flow_run_name="promote-{name}")
-def promote_version(name: str, version: int | None = None, by: str = "", reason: str = "", force: bool = False) -> dict[str, Any]:
+def promote_version(
+    name: str, version: int | None = None, by: str = "", reason: str = "", force: bool = False
+) -> dict[str, Any]:
     """`promote` as a run that Prefect shows and that an automation may start."""
     return promote(Bench.open(Workspace.from_environment()), name, version, by=by, reason=reason, force=force)
 
@@ -59,14 +62,26 @@ def _version_and_verdict(bench: Bench, name: str, version: int | None) -> tuple[
 
 def _require_consent(row: ModelVersion, decision: str, *, by: str, force: bool) -> None:
     if by == GATE and decision != "promote":
-        raise BadInput(f"{row.name} version {row.version}: the gate says {decision!r}; policy auto promotes nothing else")
+        raise BadInput(
+            f"{row.name} version {row.version}: the gate says {decision!r}; policy auto promotes nothing else"
+        )
     if decision == "reject" and not force:
-        raise BadInput(f"{row.name} version {row.version}: the gate rejects it; `safelight show {row.run_uid}` says why,"
-                       " --force promotes it all the same")
+        raise BadInput(
+            f"{row.name} version {row.version}: the gate rejects it; `safelight show {row.run_uid}` says why,"
+            " --force promotes it all the same"
+        )
 
 
-def _outcome(bench: Bench, row: ModelVersion, previous: int | None, decision: str, reason: str, *,
-             changed: bool) -> dict[str, Any]:
+def _outcome(
+    bench: Bench, row: ModelVersion, previous: int | None, decision: str, reason: str, *, changed: bool
+) -> dict[str, Any]:
     aliases = tracking.mirror_versions(bench, row.name)
-    return {"name": row.name, "version": row.version, "previous": previous, "decision": decision, "reason": reason,
-            "aliases": sorted(alias for alias, version in aliases.items() if version == row.version), "changed": changed}
+    return {
+        "name": row.name,
+        "version": row.version,
+        "previous": previous,
+        "decision": decision,
+        "reason": reason,
+        "aliases": sorted(alias for alias, version in aliases.items() if version == row.version),
+        "changed": changed,
+    }

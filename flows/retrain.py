@@ -15,9 +15,10 @@ from components.catalog import runs
 from components.catalog.models import ModelVersion
 from components.config import Recipe
 from components.latents.keys import cache_key, training_size
-from components.stages import Product, StageResult, stage_key
+from components.stages import Product, StageResult
 from components.workspace import Workspace
 from flows import services, tracking
+from flows.keys import champion_of, evaluate_key, fine_tune_key, register_key
 from flows.open_run import OnEvent, OpenRun, open_run, stage_line, stopping_on_sigterm
 
 UpTo = Literal["curate", "cache", "fine-tune", "evaluate", "register"]
@@ -35,11 +36,11 @@ def retrain(recipe: Recipe, upto: UpTo = "register", run_uid: str | None = None)
         if reaches(upto, "cache"):
             cache_latents(run.run_uid, snapshot)
         if reaches(upto, "fine-tune"):
-            adapter = fit_adapter(run.run_uid, snapshot)
+            fit_adapter(run.run_uid, snapshot)
             if reaches(upto, "evaluate"):
-                report = evaluate(run.run_uid, snapshot, adapter)
+                report = evaluate(run.run_uid, snapshot)
                 if reaches(upto, "register"):
-                    register(run.run_uid, adapter, report)
+                    register(run.run_uid, report)
         return publish(run)
 
 
@@ -54,14 +55,13 @@ def reaches(upto: UpTo, stage: UpTo) -> bool:
 def curate(run_uid: str) -> str:
     """The snapshot's digest."""
     from components.curation.snapshots import curate as make_snapshot
-    from components.curation.snapshots import curate_key, scan
+    from components.curation.snapshots import curate_key
 
     run = _open[run_uid]
-    size = training_size(run.base, run.recipe.training)
-    scanned = scan(run.bench, run.recipe.data, on_progress=_progress(run, "curate"))
-    key = curate_key(scanned, run.recipe.curation, dataset=run.recipe.name, training_size=size)
+    recipe, size = run.recipe, training_size(run.base, run.recipe.training)
+    key, scanned = curate_key(run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size)
     result = run.stage("curate", key, lambda: make_snapshot(
-        run.bench, scanned, run.recipe.curation, key=key, dataset=run.recipe.name, training_size=size,
+        run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size, scanned=scanned, key=key,
         on_progress=_progress(run, "curate")))
     _note_snapshot(run, result.product)
     return result.product.facts["digest"]
@@ -80,7 +80,7 @@ def cache_latents(run_uid: str, snapshot: str) -> str:
 def fit_adapter(run_uid: str, snapshot: str) -> str:
     """The fine-tuning's stage key."""
     run = _open[run_uid]
-    result = _on_the_gpu(run, "fine-tune", fine_tune_key(run, snapshot), {
+    result = _on_the_gpu(run, "fine-tune", fine_tune_key(run.recipe, run.base, snapshot), {
         "snapshot": snapshot, "resolution": training_size(run.base, run.recipe.training),
         "training": run.recipe.training.model_dump(mode="json")})
     if result.outcome == "reused":  # the series of the training that made it belong to this run's record too
@@ -90,22 +90,20 @@ def fit_adapter(run_uid: str, snapshot: str) -> str:
 
 
 @task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
-def evaluate(run_uid: str, snapshot: str, adapter: str) -> str:
+def evaluate(run_uid: str, snapshot: str) -> str:
     """The evaluation's stage key."""
     run = _open[run_uid]
     trained = run.results["fine-tune"].product
     contenders = [{"role": "base", "adapter_sha256": None, "step": 0}]
-    champion = _champion(run, trained.facts["sha256"])
+    aliases = tracking.mirror_versions(run.bench, run.recipe.name)
+    champion = champion_of(run.bench, aliases, run.recipe.name, trained.facts["sha256"])
     if champion is not None:
         contenders.append({"role": "champion", "adapter_sha256": champion.adapter_sha256, "step": 0})
     contenders.append({"role": "candidate", "adapter_sha256": trained.facts["sha256"], "step": trained.facts["final_step"]})
     evaluation, promotion = run.recipe.evaluation, run.recipe.promotion
     validation = trained.outputs.get("validation")
-    key = stage_key("evaluate",
-                    inputs={"snapshot": snapshot, "base": run.base.digest, "fine-tune": adapter,
-                            "adapter": trained.facts["sha256"], "champion": champion.adapter_sha256 if champion else ""},
-                    config={"evaluation": evaluation.model_dump(mode="json"),
-                            "promotion": promotion.model_dump(mode="json", exclude={"policy"})})
+    key = evaluate_key(run.recipe, run.base, snapshot, adapter_sha256=trained.facts["sha256"],
+                       champion_sha256=champion.adapter_sha256 if champion else None)
     result = _on_the_gpu(run, "evaluate", key, {
         "snapshot": snapshot, "contenders": contenders, "resolution": training_size(run.base, run.recipe.training),
         "evaluation": evaluation.model_dump(mode="json"), "promotion": promotion.model_dump(mode="json"),
@@ -121,13 +119,12 @@ def evaluate(run_uid: str, snapshot: str, adapter: str) -> str:
 
 
 @task(name="register", cache_policy=NO_CACHE, persist_result=False)
-def register(run_uid: str, adapter: str, evaluation: str) -> str:
+def register(run_uid: str, evaluation: str) -> str:
     """The registered model's URI."""
     run = _open[run_uid]
     trained, report = run.results["fine-tune"].product, run.results["evaluate"].product
     name, sha256 = run.recipe.name, trained.facts["sha256"]
-    key = stage_key("register", inputs={"adapter": sha256, "fine-tune": adapter, "evaluation": evaluation},
-                    config={"name": name})
+    key = register_key(run.recipe, adapter_sha256=sha256, evaluation=evaluation)
 
     def produce() -> Product:
         registration = tracking.register_model(
@@ -151,12 +148,6 @@ def register(run_uid: str, adapter: str, evaluation: str) -> str:
 
 
 # what the steps share ---------------------------------------------------------------------------------------------
-
-
-def fine_tune_key(run: OpenRun, snapshot: str) -> str:
-    size = training_size(run.base, run.recipe.training)
-    return stage_key("fine-tune", inputs={"cache": cache_key(snapshot, run.base, size), "base": run.base.digest},
-                     config=run.recipe.training.model_dump(mode="json"))
 
 
 def _on_the_gpu(run: OpenRun, stage: UpTo, key: str, request: dict[str, Any]) -> StageResult:
@@ -201,16 +192,6 @@ def _checkpoints(trained: Product) -> list[Any]:
               for line in trained.facts["validation"]}
     steps = {int(name.removeprefix("adapter-")): ref for name, ref in trained.outputs.items() if name.startswith("adapter-")}
     return [tracking.Checkpoint(step, ref.sha256, losses.get(step, {})) for step, ref in sorted(steps.items())]
-
-
-def _champion(run: OpenRun, candidate_sha256: str) -> ModelVersion | None:
-    """The registered champion that the candidate has to beat: none when it is the candidate itself."""
-    aliases = tracking.mirror_versions(run.bench, run.recipe.name)
-    if "champion" not in aliases:
-        return None
-    with run.bench.catalog.read() as session:
-        version = session.get(ModelVersion, (run.recipe.name, aliases["champion"]))
-    return version if version is not None and version.adapter_sha256 != candidate_sha256 else None
 
 
 def _mirror(run: OpenRun, result: StageResult, evaluation: str) -> None:

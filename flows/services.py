@@ -30,6 +30,7 @@ from filelock import FileLock
 from components.errors import BadInput, ServiceUnavailable
 from components.storage import atomic_write
 from components.workspace import Workspace
+from flows import prefect_api
 
 Progress = Callable[[str], None]
 State = Literal["up", "starting", "down", "elsewhere", "absent"]
@@ -107,15 +108,29 @@ def _prefect_command(_: Workspace, port: int) -> list[str]:
 
 def _mlflow_command(workspace: Workspace, port: int) -> list[str]:
     return _python(
-        "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
-        "--backend-store-uri", workspace.mlflow_database, "--serve-artifacts",
-        "--artifacts-destination", str(workspace.mlflow_artifacts),
-        "--allowed-hosts", f"{LOOPBACK}:{port},localhost:{port}",
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        LOOPBACK,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        workspace.mlflow_database,
+        "--serve-artifacts",
+        "--artifacts-destination",
+        str(workspace.mlflow_artifacts),
+        "--allowed-hosts",
+        f"{LOOPBACK}:{port},localhost:{port}",
     )
 
 
 def _dashboard_command(_: Workspace, port: int) -> list[str]:
-    return _python("-m", "uvicorn", "dashboard.asgi:app", "--host", LOOPBACK, "--port", str(port), "--log-level", "warning")
+    return _python(
+        "-m", "uvicorn", "dashboard.asgi:app", "--host", LOOPBACK, "--port", str(port), "--log-level", "warning"
+    )
 
 
 def _runner_command(_: Workspace, __: int) -> list[str]:
@@ -143,14 +158,17 @@ def up(workspace: Workspace, *, host: str = LOOPBACK, progress: Progress = lambd
     return ensure_up(workspace, tuple(SERVICES), progress)
 
 
-def ensure_up(workspace: Workspace, need: Sequence[str] = ("prefect", "mlflow"),
-              progress: Progress = lambda _: None) -> Services:
+def ensure_up(
+    workspace: Workspace, need: Sequence[str] = ("prefect", "mlflow"), progress: Progress = lambda _: None
+) -> Services:
     """Start those of `need` that are not running. Costs one health check each when all of them are."""
     workspace.create()
     wanted = [name for name in need if not _elsewhere(name) and _installed(name)]
     for name in need:
         if outside := _elsewhere(name):
             _require_answer(name, outside)
+            if name == "prefect":
+                prefect_api.prepare(outside.removesuffix("/api"))
     records = _read_records(workspace)
     if all(_healthy(workspace, SERVICES[name], records.get(name, Record())) for name in wanted):
         return current(workspace)
@@ -198,6 +216,21 @@ def down(workspace: Workspace, *, progress: Progress = lambda _: None) -> list[s
             records[name] = Record(port=record.port, release=record.release)
         _write_records(workspace, records)
     return ended
+
+
+def was_started(workspace: Workspace, name: str) -> bool:
+    """Whether `up` started this service and nobody has taken it down since, be it alive or not."""
+    return _read_records(workspace).get(name, Record()).pid is not None
+
+
+def restart(workspace: Workspace, name: str) -> None:
+    """End what is left of one service and start it again on its port."""
+    with FileLock(workspace.locks / "services.lock"):
+        process = _read_records(workspace).get(name, Record()).process()
+        leftovers = ([process] if process else []) + _marked_processes(workspace).get(name, [])
+        if leftovers:
+            _end(leftovers)
+    ensure_up(workspace, (name,))
 
 
 def environment(workspace: Workspace, services: Services) -> dict[str, str]:
@@ -303,7 +336,8 @@ class _Start:
             record = self._launch(service, record)
         for _ in range(3):
             if self._wait(service, record, started + service.patience_s):
-                self._remember(service, record)
+                if service.name == "prefect":
+                    prefect_api.prepare(_url(record))
                 self.progress(f"{service.name}: up after {time.monotonic() - started:.0f} s  {_url(record)}".rstrip())
                 return
             if not _port_conflict(self.workspace, service):
@@ -321,16 +355,25 @@ class _Start:
         if service.name == "mlflow":
             _prepare_mlflow_database(workspace, record.release)
         services = Services(prefect_url=current(workspace).prefect_url, mlflow_url=current(workspace).mlflow_url)
-        extra = {MARK: f"{workspace.home}::{service.name}", "PYTHONUNBUFFERED": "1",
-                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
+        extra = {
+            MARK: f"{workspace.home}::{service.name}",
+            "PYTHONUNBUFFERED": "1",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+        }
         variables = os.environ | environment(workspace, services) | extra
         if service.name == "prefect":
             variables = {name: value for name, value in variables.items() if name != "PREFECT_API_URL"}
         self.progress(f"{service.name}: starting" + (f" on port {port}" if port else ""))
         with (workspace.logs / f"{service.name}.log").open("ab") as log:
             process = subprocess.Popen(
-                service.command(workspace, port or 0), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, env=variables, cwd=workspace.home,
+                service.command(workspace, port or 0),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=variables,
+                cwd=workspace.home,
             )
         threading.Thread(target=process.wait, daemon=True).start()  # no zombie while this command lives
         record = Record(port, process.pid, psutil.Process(process.pid).create_time(), _release(service))
@@ -350,7 +393,9 @@ class _Start:
                 if port not in taken and _bindable(port):
                     self.records[service.name] = Record(port=port)
                     return port
-        raise ServiceUnavailable(f"{service.name}: no free port from {first} to {first + PORTS_TRIED}; free one of them")
+        raise ServiceUnavailable(
+            f"{service.name}: no free port from {first} to {first + PORTS_TRIED}; free one of them"
+        )
 
     def _wait(self, service: Service, record: Record, deadline: float) -> bool:
         while time.monotonic() < deadline and not self.stop.is_set():
@@ -368,7 +413,7 @@ class _Start:
 
 
 def _prepare_mlflow_database(workspace: Workspace, served_by: str | None) -> None:
-    """Create MLflow's tables in a file that appears whole, or upgrade them after a copy was kept; one process does it."""
+    """Create MLflow's tables in a file that appears whole, or upgrade them after keeping a copy, in one process."""
     database = workspace.home / "mlflow.db"
     if database.exists() and served_by in (None, version("mlflow")):
         return
@@ -381,8 +426,15 @@ def _prepare_mlflow_database(workspace: Workspace, served_by: str | None) -> Non
             for leftover in workspace.home.glob(".mlflow.db.part*"):
                 leftover.unlink()
         variables = os.environ | environment(workspace, Services())
-        done = subprocess.run(_python("-m", "mlflow", "db", "upgrade", f"sqlite:///{target}"), env=variables, check=False,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True)
+        done = subprocess.run(
+            _python("-m", "mlflow", "db", "upgrade", f"sqlite:///{target}"),
+            env=variables,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+        )
         with (workspace.logs / "mlflow.log").open("a", encoding="utf-8") as log:
             log.write(done.stdout + done.stderr)
         if done.returncode:
@@ -391,7 +443,7 @@ def _prepare_mlflow_database(workspace: Workspace, served_by: str | None) -> Non
                 f" {last_line(workspace.logs / 'mlflow.log')}; a copy from before is kept beside it"
             )
         if target != database:
-            os.replace(target, database)
+            target.replace(database)
 
 
 # health -----------------------------------------------------------------------------------------------------------
@@ -425,8 +477,11 @@ def _listens(process: psutil.Process, port: int) -> bool:
     """Whether it is this process, or a child of it, that holds the port."""
     try:
         family = [process, *process.children(recursive=True)]
-        return any(connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-                   for member in family for connection in member.net_connections("tcp"))
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            for member in family
+            for connection in member.net_connections("tcp")
+        )
     except psutil.AccessDenied:
         return True  # not ours to look into on this system; it answered
     except psutil.Error:
@@ -435,7 +490,9 @@ def _listens(process: psutil.Process, port: int) -> bool:
 
 def _status_of(workspace: Workspace, service: Service, record: Record) -> ServiceStatus:
     if outside := _elsewhere(service.name):
-        return ServiceStatus(service.name, "elsewhere", outside, None, "set by an environment variable; not started here")
+        return ServiceStatus(
+            service.name, "elsewhere", outside, None, "set by an environment variable; not started here"
+        )
     if not _installed(service.name):
         return ServiceStatus(service.name, "absent", "", None, "not part of this installation")
     process = record.process()
@@ -465,7 +522,9 @@ def _require_answer(name: str, address: str) -> None:
         socket.create_connection((parts.hostname, port), timeout=5).close()
     except OSError as error:
         variable = "SAFELIGHT_MLFLOW_URI" if name == "mlflow" else "PREFECT_API_URL"
-        raise ServiceUnavailable(f"{variable} names {address}, which does not answer ({error}); start it or unset it") from None
+        raise ServiceUnavailable(
+            f"{variable} names {address}, which does not answer ({error}); start it or unset it"
+        ) from None
 
 
 def _installed(name: str) -> bool:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -30,6 +31,7 @@ from components.config import Recipe
 from components.errors import BadInput, SafelightError, ServiceUnavailable, StageFailed
 from components.stages import Bench
 from components.workspace import Workspace
+from flows import services
 from flows.journal import Entry, Journal, read_entries
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 
+MODEL_REQUIREMENTS = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
+
 SEND_EVERY_S = 5.0
 RETRY_AT_MOST_EVERY_S = 30.0
 DEAD_SERVER_GRACE_S = 2.0  # how long closing waits for a server that refused the last request
@@ -62,10 +66,7 @@ def tracking_url(workspace: Workspace) -> str | None:
     """Where MLflow is: `SAFELIGHT_MLFLOW_URI`, `MLFLOW_TRACKING_URI`, or what `safelight up` last started here."""
     if url := os.environ.get("SAFELIGHT_MLFLOW_URI") or os.environ.get("MLFLOW_TRACKING_URI"):
         return url
-    try:
-        return json.loads(workspace.services_file.read_text()).get("mlflow_url")
-    except (OSError, ValueError, AttributeError):
-        return None
+    return services.current(workspace).mlflow_url or None
 
 
 # the tracker of a run ---------------------------------------------------------------------------------------------
@@ -281,8 +282,8 @@ class Sender:
         if run.info.run_id != self.cursor.mlflow_run_id:  # a new run, or a server that has forgotten the old one
             self.cursor.offset = 0
         self.cursor.mlflow_run_id, self.cursor.experiment_id = run.info.run_id, experiment.experiment_id
-        self._images = {Path(file.path).name.partition("+timestamp")[0]
-                        for file in client.list_artifacts(run.info.run_id, "images")}
+        self._images = {Path(file.path).name.partition("+timestamp")[0]  # the small copy is the last file of an image
+                        for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".webp")}
         self._advance(self.cursor.offset)
         with self.bench.catalog.write() as session:
             session.execute(update(Run).where(Run.run_uid == self.run_uid).values(mlflow_run_id=run.info.run_id))
@@ -661,10 +662,10 @@ def _register(request: RegistrationRequest) -> dict[str, Any]:
         model_ids = {checkpoint["step"]: _log_checkpoint(client, bench, request, run_id, Checkpoint(**checkpoint))
                      for checkpoint in request.checkpoints}
         final_step = next(c["step"] for c in request.checkpoints if c["sha256"] == request.final_sha256)
-        version = _register_version(client, request, model_ids[final_step])
-        if request.name and client.get_model_version(request.name, str(version)) and not _has_moved_on(client, request, version):
-            client.set_registered_model_alias(request.name, "challenger", str(version))
-    return {"name": request.name, "version": version, "uri": f"models:/{request.name}/{version}", "model_ids": model_ids,
+        number = _register_version(client, request, model_ids[final_step])
+        if not _has_moved_on(client, request.name, number):
+            client.set_registered_model_alias(request.name, "challenger", str(number))
+    return {"name": request.name, "version": number, "uri": f"models:/{request.name}/{number}", "model_ids": model_ids,
             "mlflow_run_id": run_id}
 
 
@@ -688,6 +689,7 @@ def _log_checkpoint(client: "MlflowClient", bench: Bench, request: RegistrationR
             weights.write_bytes(adapter)
             mlflow.diffusers.save_model(
                 str(weights), str(folder), base_model=request.base_path, signature=_signature(request),
+                pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in MODEL_REQUIREMENTS],
                 mlflow_model=Model(artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id,
                                    model_id=model.model_id))
             client.log_model_artifacts(model.model_id, str(folder))
@@ -734,16 +736,16 @@ def _register_version(client: "MlflowClient", request: RegistrationRequest, mode
     import mlflow
 
     tags = request.tags | {RUN_TAG: request.run_uid, "safelight.adapter_sha256": request.final_sha256}
-    for version in _versions(client, request.name):
-        if all(version.tags.get(key) == tags[key] for key in (RUN_TAG, "safelight.adapter_sha256")):
-            return int(version.version)
+    for found in _versions(client, request.name):
+        if all(found.tags.get(key) == tags[key] for key in (RUN_TAG, "safelight.adapter_sha256")):
+            return int(found.version)
     return int(mlflow.register_model(f"models:/{model_id}", request.name, tags=tags).version)
 
 
-def _has_moved_on(client: "MlflowClient", request: RegistrationRequest, version: int) -> bool:
-    """Whether this version is already more than a challenger, or a newer one is: a repeated registration moves nothing back."""
-    found = _aliases(client, request.name)
-    return version in (found.get("champion"), found.get("previous")) or found.get("challenger", 0) > version
+def _has_moved_on(client: "MlflowClient", name: str, number: int) -> bool:
+    """Whether this version was promoted, or a newer one challenges: registering again moves no alias back."""
+    found = _aliases(client, name)
+    return number in (found.get("champion"), found.get("previous")) or found.get("challenger", 0) > number
 
 
 def _versions(client: "MlflowClient", name: str) -> list[Any]:
@@ -761,7 +763,7 @@ def _aliases(client: "MlflowClient", name: str) -> dict[str, int]:
     from mlflow.exceptions import MlflowException
 
     try:
-        return {alias: int(version) for alias, version in client.get_registered_model(name).aliases.items()}
+        return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return {}
@@ -810,12 +812,12 @@ def mirror_versions(bench: Bench, name: str, *, url: str | None = None) -> dict[
         client = _client(address)
         found, versions = _aliases(client, name), _versions(client, name)
     with bench.catalog.write() as session:
-        for version in versions:
-            if RUN_TAG in version.tags:
-                number = int(version.version)
+        for one in versions:
+            if RUN_TAG in one.tags:
+                number = int(one.version)
                 row = session.get(ModelVersion, (name, number)) or ModelVersion(name=name, version=number)
-                row.run_uid, row.adapter_sha256 = version.tags[RUN_TAG], version.tags.get("safelight.adapter_sha256", "")
-                row.evaluation_key = version.tags.get("safelight.evaluation_key", "")
+                row.run_uid, row.adapter_sha256 = one.tags[RUN_TAG], one.tags.get("safelight.adapter_sha256", "")
+                row.evaluation_key = one.tags.get("safelight.evaluation_key", "")
                 row.mlflow_uri = f"models:/{name}/{number}"
                 row.aliases = sorted(alias for alias, target in found.items() if target == number)
                 session.add(row)

@@ -1,25 +1,21 @@
-"""Pictures to look at: the board of an evaluation, and the files of a snapshot. Read-only, typed, a page at a time."""
+"""The board of an evaluation: its pictures by prompt, seed, role and step. Read-only, typed, a page at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy import ColumnElement, Select, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from components.catalog.database import Catalog
-from components.catalog.models import Evaluation, Generation, Review, Run, Snapshot, SnapshotItem, StageRun, Verdict
+from components.catalog.models import Evaluation, Generation, Review, Run, StageRun
 from components.catalog.overview import Gate, Metric, parse_gate, parse_metrics
 from components.catalog.reviews import Standing, standings
 
 Role = Literal["base", "champion", "candidate"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
 Show = Literal["all", "unrated", "flagged"]
-Pile = Literal["kept", "rejected", "flagged"]
-
-# the board of an evaluation ---------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class EvaluationHead:
@@ -196,108 +192,3 @@ def _board_rows(generations: Sequence[Generation], said: dict[int, Standing]) ->
         row.shots[g.role] = Shot(g.id, g.role, g.step, g.seed, g.prompt, g.image_sha256, g.metrics,
                                  said.get(g.id, Standing()))
     return tuple(rows.values())
-
-
-# the files of a snapshot ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotHead:
-    """A version of a dataset."""
-
-    id: int
-    dataset: str
-    version: int
-    digest: str
-    kept: int
-    rejected: int
-    flagged: int  # kept files that carry a flag
-    created_at: datetime
-    profile: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A check's word on a file."""
-
-    check: str
-    decision: str  # flag or reject
-    score: float | None
-    threshold: float | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A file of a snapshot with the findings about it."""
-
-    ordinal: int
-    file_name: str
-    sha256: str | None  # None: could not be read
-    caption: str
-    kept: bool
-    split: str | None
-    group: str | None
-    width: int | None
-    height: int | None
-    licence: str | None
-    author: str | None
-    source: str | None
-    findings: tuple[Finding, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplePage:
-    """A page of files in snapshot order; neighbours begin at the given ordinals."""
-
-    samples: tuple[Sample, ...]
-    previous_from: int | None
-    next_from: int | None
-
-
-def snapshots(catalog: Catalog, *, limit: int = 100) -> tuple[SnapshotHead, ...]:
-    """Snapshots, newest first."""
-    flagged = (select(func.count(Verdict.ordinal.distinct()))
-               .where(Verdict.snapshot_id == Snapshot.id, Verdict.decision == "flag").scalar_subquery())
-    query = select(Snapshot, flagged).order_by(Snapshot.created_at.desc(), Snapshot.id.desc()).limit(limit)
-    with catalog.read() as session:
-        return tuple(SnapshotHead(s.id, s.dataset, s.version, s.digest, s.kept, s.rejected, count, s.created_at, s.profile)
-                     for s, count in session.execute(query).tuples())
-
-
-def findings_by_check(catalog: Catalog, snapshot_id: int) -> tuple[tuple[str, str, int], ...]:
-    """(decision, check, number of files), most files first."""
-    files = func.count(Verdict.ordinal.distinct())
-    query = (select(Verdict.decision, Verdict.check, files).where(Verdict.snapshot_id == snapshot_id)
-             .group_by(Verdict.decision, Verdict.check).order_by(files.desc(), Verdict.check))
-    with catalog.read() as session:
-        return tuple(session.execute(query).tuples())
-
-
-def samples(catalog: Catalog, snapshot_id: int, *, pile: Pile = "kept", check: str | None = None, search: str = "",
-            start: int = 0, limit: int = 60) -> SamplePage:
-    """A page of a snapshot's files, beginning with ordinal `start`; `check` keeps those with a finding of that name."""
-    mine = [SnapshotItem.snapshot_id == snapshot_id, SnapshotItem.kept.is_(pile != "rejected")]
-    if pile == "flagged" or check is not None:
-        decision = "reject" if pile == "rejected" else "flag"
-        said = select(Verdict.id).where(Verdict.snapshot_id == snapshot_id, Verdict.ordinal == SnapshotItem.ordinal,
-                                        Verdict.decision == decision)
-        mine.append((said if check is None else said.where(Verdict.check == check)).exists())
-    if search.strip():
-        mine.append(or_(SnapshotItem.caption.icontains(search.strip(), autoescape=True),
-                        SnapshotItem.file_name.icontains(search.strip(), autoescape=True)))
-    matching = select(SnapshotItem).where(and_(*mine))
-    with catalog.read() as session:
-        items = list(session.scalars(matching.where(SnapshotItem.ordinal >= start).order_by(SnapshotItem.ordinal)
-                                     .limit(limit + 1)))
-        before = list(session.scalars(matching.where(SnapshotItem.ordinal < start).order_by(SnapshotItem.ordinal.desc())
-                                      .limit(limit)))
-        shown = items[:limit]
-        findings: dict[int, list[Finding]] = {}
-        for v in session.scalars(select(Verdict).where(Verdict.snapshot_id == snapshot_id,
-                                                       Verdict.ordinal.in_([item.ordinal for item in shown]))):
-            findings.setdefault(v.ordinal, []).append(Finding(v.check, v.decision, v.score, v.threshold, v.reason))
-    return SamplePage(
-        tuple(Sample(i.ordinal, i.file_name, i.sha256, i.caption, i.kept, i.split, i.group, i.width, i.height, i.licence,
-                     i.author, i.source, tuple(findings.get(i.ordinal, ()))) for i in shown),
-        before[-1].ordinal if before else None, items[limit].ordinal if len(items) > limit else None)

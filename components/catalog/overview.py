@@ -259,7 +259,7 @@ def model_cards(catalog: Catalog, name: str, *, below: int | None = None, limit:
         keys = [version.evaluation_key for version in versions]
         evaluations, thumbs = _evaluations(session, keys), _thumbs(session, keys)
         cards = dict(session.execute(
-            select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))).tuples())
+            select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))).tuples().all())
     return tuple(
         ModelCard(v.name, v.version, tuple(map(str, v.aliases)), v.run_uid, v.evaluation_key, v.adapter_sha256,
                   v.mlflow_uri, v.created_at, _gate(evaluations.get(v.evaluation_key)),
@@ -319,7 +319,7 @@ def _live(run: Run, finished: Sequence[str]) -> LiveRun:
 def _run_rows(session: Session, runs: Sequence[Run]) -> tuple[RunRow, ...]:
     uids = [run.run_uid for run in runs]
     keys = dict(session.execute(
-        select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")).tuples())
+        select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")).tuples().all())
     evaluations = _evaluations(session, keys.values())
     thumbs = _thumbs(session, evaluations)
     snapshots = {s.id: s for s in session.scalars(

@@ -1,8 +1,7 @@
-"""Near duplicates: perceptual hashes, exact and fast joins over all pairs, and groups that a chain cannot stretch."""
+"""Near duplicates: perceptual hashes, the rule that two of them must pass, and groups that a chain cannot stretch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,74 +10,138 @@ from scipy import fft
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from components.errors import BadInput
+from components.curation.joins import (
+    FULL_COPIES,
+    Hashes,
+    Indices,
+    Pairs,
+    cosine_pairs,
+    expand_copies,
+    hamming_pairs,
+)
 
-Hashes = NDArray[np.uint64]
-Pairs = NDArray[np.int64]     # (m, 2), i < j, in ascending order
+__all__ = [
+    "Group", "components_of", "cosine_pairs", "dhash", "duplicate_groups", "hamming_pairs", "hash_images",
+    "near_duplicates", "phash", "says_something",
+]
 
-MIN_BITS, MAX_BITS = 6, 58    # hashes outside say nothing: a flat blue and a flat white picture share them
-BANDS = {0: 1, 1: 3, 2: 4, 3: 5, 4: 6, 5: 8, 6: 9, 7: 11, 8: 12}   # distance -> bands; (4, 6, 8) timed at 1e6 hashes
-FULL_COPIES = 512             # beyond so many equal hashes a picture is paired with the first of them only
-BRUTE_FORCE_ROWS = 20_000     # up to here every cosine is computed; k-means cells pay off above
-BLOCK = 2048
+MIN_BITS, MAX_BITS = 6, 58    # set bits of a hash that says something: flat blue and flat white share every hash
+MANY_IMAGES = 1_000_000       # from here on 6 bits find pairs by chance, 4 bits do not
+MANY_IMAGES_BITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Images that are all near duplicates of each other."""
+
+    members: tuple[int, ...]   # ascending
+    medoid: int                # the member with most near duplicates
+    component_size: int        # images that a chain of near duplicates reaches; above len(members): the chain was cut
 
 
 def phash(image: Image.Image) -> int:
-    """64 bits of the low frequencies of the brightness, each above its median or not; `ImageHash.phash`'s bits.
+    """64 bits: is each of the 8 x 8 lowest frequencies of the brightness above their median; as `ImageHash.phash`.
 
-    Robust to scaling and compression: 6 bits apart is a near duplicate. The first bit in reading order is the highest.
+    Robust to scaling and compression. The first bit in reading order is the highest. Mirrored images are 32 bits apart.
     """
-    return int(_phash_bits(_luma(image, (32, 32))[None])[0])
+    return int(_phash_bits(_brightness(image, (32, 32))[None])[0])
 
 
 def dhash(image: Image.Image) -> int:
-    """64 bits: is each of 8 x 8 pixels brighter than its left neighbour; `ImageHash.dhash`'s bits."""
-    return int(_dhash_bits(_luma(image, (9, 8))[None])[0])
+    """64 bits: is each of 8 x 8 pixels brighter than its left neighbour; as `ImageHash.dhash`."""
+    return int(_dhash_bits(_brightness(image, (9, 8))[None])[0])
 
 
 def hash_images(images: Iterable[Image.Image]) -> tuple[Hashes, Hashes]:
-    """pHash and dHash of many images, (n,) and (n,) uint64, with the transforms done for all of them at once."""
-    small = [(_luma(image, (32, 32)), _luma(image, (9, 8))) for image in images]
-    if not small:
+    """pHash and dHash of many images, (n,) and (n,): the bits of `phash` and `dhash`, transformed all at once."""
+    reduced = [(_brightness(image, (32, 32)), _brightness(image, (9, 8))) for image in images]
+    if not reduced:
         return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64)
-    return _phash_bits(np.stack([p for p, _ in small])), _dhash_bits(np.stack([d for _, d in small]))
+    return _phash_bits(np.stack([p for p, _ in reduced])), _dhash_bits(np.stack([d for _, d in reduced]))
 
 
-def hamming_distance(a: Hashes, b: Hashes) -> NDArray[np.int64]:
-    """Bits in which a and b differ, element by element."""
-    return np.bitwise_count(a ^ b).astype(np.int64)
+def says_something(hashes: Hashes) -> NDArray[np.bool_]:
+    """False for the hash of a flat or nearly flat picture, (n,): it equals that of any other."""
+    bits = np.bitwise_count(np.asarray(hashes, dtype=np.uint64))
+    return (bits >= MIN_BITS) & (bits <= MAX_BITS)
 
 
-def hamming_pairs(hashes: Sequence[int] | Hashes, max_distance: int) -> Pairs:
-    """Every pair of 64-bit hashes that differ in at most `max_distance` bits: (m, 2) rows, i < j, ascending.
+def near_duplicates(phashes: ArrayLike, dhashes: ArrayLike, mean_colours: ArrayLike, *, phash_distance: int,
+                    dhash_distance: int, colour_distance: float) -> Pairs:
+    """Pairs (i, j), i < j, that agree in pHash and dHash and have close mean colours, ascending.
 
-    Exact. Of more than 512 equal hashes the 513th and later are paired with the first of them only, so that a folder of
-    100,000 copies is not 5 billion pairs; connected components do not change.
-    Method: a pair within R of b bands agrees on b - R of them, so it shares a bucket for some choice of these.
+    phashes, dhashes (n,); mean_colours (n, 3) of RGB in 0 to 255, compared by Euclidean distance: an icon in red is no
+    duplicate of the same icon in blue. Flat pictures, whose hashes say nothing, pair with none. From a million images
+    on at most 4 bits of pHash may differ.
     """
-    values = np.asarray(hashes, dtype=np.uint64).reshape(-1)
-    if not 0 <= max_distance <= 64:
-        raise BadInput(f"max_distance is {max_distance}: expected 0 to 64 bits")
-    distinct, group = np.unique(values, return_inverse=True)            # equal hashes are one
-    near = _distinct_pairs(distinct, max_distance)
-    return _expand(near, group, len(distinct))
+    p, d = np.asarray(phashes, dtype=np.uint64).reshape(-1), np.asarray(dhashes, dtype=np.uint64).reshape(-1)
+    colours = np.asarray(mean_colours, dtype=np.float64).reshape(-1, 3)
+    kept = np.flatnonzero(says_something(p) & says_something(d))
+    if len(p) >= MANY_IMAGES:
+        phash_distance = min(phash_distance, MANY_IMAGES_BITS)
+    both, group = np.unique(np.column_stack([p, d])[kept], axis=0, return_inverse=True)
+    alike = hamming_pairs(both[:, 0], phash_distance)
+    alike = alike[np.bitwise_count(both[alike[:, 0], 1] ^ both[alike[:, 1], 1]) <= dhash_distance]
+    pairs = kept[expand_copies(alike, group.reshape(-1))]
+    apart = np.linalg.norm(colours[pairs[:, 0]] - colours[pairs[:, 1]], axis=1)
+    return pairs[apart <= colour_distance]
 
 
-def cosine_pairs(features: ArrayLike, threshold: float, *, seed: int = 0) -> Pairs:
-    """Every pair of rows (n, d) whose cosine is at least `threshold`: (m, 2) rows, i < j, ascending.
+def components_of(n: int, pairs: Pairs) -> Indices:
+    """Number of each item's connected component, (n,), in order of first appearance: what a split keeps together."""
+    graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    _, labels = connected_components(graph, directed=False)
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
-    Exact up to 20,000 distinct rows; above, rows are compared within k-means cells, each row in its two nearest, which
-    finds more than 99.9 % of pairs at 0.95. Equal rows are treated as equal hashes are. Rows of zeros pair with nothing.
+
+def duplicate_groups(n: int, pairs: Pairs) -> list[Group]:
+    """Complete-link groups of two or more: every member pairs with every other, so A~B~C does not join A with C.
+
+    Greedy from the item with most partners, ties to the lower index. Groups come in order of their first member. A copy
+    that the joins paired with the first of more than 512 copies only belongs to that one's group.
     """
-    x = np.asarray(features, dtype=np.float32)
-    if x.ndim != 2 or not np.isfinite(x).all():
-        raise BadInput(f"features have shape {x.shape}: expected (images, features), all finite; embed them again")
-    if not 0 < threshold <= 1:
-        raise BadInput(f"threshold is {threshold}: expected a cosine above 0, at most 1")
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    unit = np.ascontiguousarray(x / np.where(length > 0, length, 1))
-    if not len(unit):
-        return _no_pairs()
-    _, first, group = np.unique(unit.view(np.void(0).dtype if not unit.shape[1] else f"V{unit.strides[0]}").ravel(),
-                                return_index=True, return_inverse=True)
-    return _expand(_unit_row_pairs(unit[first], threshold, seed), group, len(first), skip=(length.ravel() == 0)[first])
+    partners: dict[int, set[int]] = {}
+    for i, j in pairs.tolist():
+        partners.setdefault(i, set()).add(j)
+        partners.setdefault(j, set()).add(i)
+    component = components_of(n, pairs)
+    sizes = np.bincount(component)
+    by_partners = sorted(partners, key=lambda item: (-len(partners[item]), item))
+    place = {item: i for i, item in enumerate(by_partners)}
+    groups: list[Group] = []
+    taken: set[int] = set()
+    for seed in by_partners:
+        if seed in taken:
+            continue
+        members, common = [seed], partners[seed] - taken
+        for item in sorted(common, key=place.__getitem__):
+            if item in common:
+                members.append(item)
+                common &= partners[item]
+        if len(partners[seed]) >= FULL_COPIES:
+            members += [item for item in partners[seed] - taken - set(members) if partners[item] == {seed}]
+        taken.update(members)
+        if len(members) > 1:
+            groups.append(Group(tuple(sorted(members)), seed, int(sizes[component[seed]])))
+    return sorted(groups, key=lambda group: group.members)
+
+
+def _brightness(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS))
+
+
+def _phash_bits(brightness: NDArray[np.uint8]) -> Hashes:
+    """(n, 32, 32) -> (n,). Transformed in ImageHash's order of axes, so that ties and rounding fall alike."""
+    frequencies = np.asarray(fft.dct(fft.dct(brightness.astype(np.float64), axis=1), axis=2))[:, :8, :8]
+    return _pack(frequencies > np.median(frequencies, axis=(1, 2), keepdims=True))
+
+
+def _dhash_bits(brightness: NDArray[np.uint8]) -> Hashes:
+    """(n, 8, 9) -> (n,)."""
+    return _pack(brightness[:, :, 1:] > brightness[:, :, :-1])
+
+
+def _pack(bits: NDArray[np.bool_]) -> Hashes:
+    """(n, 8, 8) bits -> (n,) uint64, first bit highest."""
+    return np.packbits(bits.reshape(len(bits), 64), axis=1).view(">u8").ravel().astype(np.uint64)

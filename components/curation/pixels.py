@@ -13,6 +13,7 @@
 """
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -24,6 +25,8 @@ from components.errors import BadInput
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # no decoder outside this list is ever started
 MAX_PIXELS = 64_000_000     # refused from the header; with alpha and a copy this stays below 1 GB of memory
 WHITE = (255, 255, 255)
+
+warnings.filterwarnings("ignore", module=r"PIL\.")   # what Pillow says of odd files is said in notes and reasons
 
 _UPRIGHT = {   # EXIF orientation -> what turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -89,7 +92,7 @@ def read_image(data: bytes, background: tuple[int, int, int] = WHITE, *, max_pix
         raise UnreadableImage(f"not a {', '.join(FORMATS)} image; the file begins with {data[:12]!r}") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(_one_line(error)) from None
-    except Exception as error:  # noqa: BLE001  # a damaged file makes a decoder raise almost anything
+    except Exception as error:  # a damaged file makes a decoder raise almost anything
         raise UnreadableImage(f"cut short or damaged: {_one_line(error)}") from None
 
 
@@ -124,7 +127,7 @@ def _metadata(image: Image.Image) -> tuple[Image.Transpose | None, list[str]]:
         notes = ["rotated"] if turn is not None else []
         if exif.get_ifd(ExifTags.IFD.GPSInfo):
             notes.append("gps")
-    except Exception:  # noqa: BLE001  # damaged metadata does not spoil the pixels
+    except Exception:  # damaged metadata does not spoil the pixels
         return None, ["metadata_damaged"]
     return turn, notes
 
@@ -160,15 +163,19 @@ def _to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, list[s
             profile = ImageCms.ImageCmsProfile(BytesIO(icc))
             if "sRGB" in ImageCms.getProfileDescription(profile):
                 return _plain(image), []
-            if profile.profile.xcolor_space.strip() == _COLOUR_SPACES[image.mode]:
+            if _colour_space(profile) == _COLOUR_SPACES[image.mode]:
                 srgb = ImageCms.createProfile("sRGB")
                 converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
                 if converted is not None:
                     return converted, ["profile"]
-        except Exception:  # noqa: BLE001  # a profile is advice: without it the numbers are taken as sRGB
+        except Exception:  # a profile is advice: without it the numbers are taken as sRGB
             pass
         return _plain(image), ["profile_ignored"]
     return _plain(image), []
+
+
+def _colour_space(profile: ImageCms.ImageCmsProfile) -> str:
+    return profile.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]  # stub: a file
 
 
 def _plain(image: Image.Image) -> Image.Image:

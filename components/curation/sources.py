@@ -11,12 +11,17 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sqlalchemy import delete, select
+
+from components.catalog.database import Catalog
+from components.catalog.models import SourceFile
 from components.config import DataConfig, DataSource
 from components.curation.captions import (
     CAPTION_SUFFIXES,
@@ -27,14 +32,18 @@ from components.curation.captions import (
     read_caption,
 )
 from components.errors import BadInput
+from components.storage import sha256_of
 
-PICTURE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif .jxl .svg .eps .psd".split()
-)
+PICTURE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl",
+    ".svg", ".eps", ".psd",  # the decoder refuses what it does not know, with a verdict that says so
+})
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PEERS_CACHES = frozenset({"_latent_cache", "_t_e_cache", "__pycache__", "__macosx"})  # other trainers', in lower case
 NO_PICTURES = ("-masklabel", "-condlabel")  # stems' endings: masks and conditions, in other trainers' layout
 REPEATS = re.compile(r"(\d+)_(.+)")  # a folder of the kohya layout
+TRUSTED_AGE_NS = 2_000_000_000  # coarse file clocks (FAT: two seconds) cannot tell younger changes apart
+HASH_CHUNK = 500  # files per transaction and per query
 SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "test", "valid": "test", "val": "test"}
 
 
@@ -106,7 +115,7 @@ def read_folder(source: DataSource) -> list[Item]:
     if all(item.problem is not None and item.problem.check == "caption" for item in items):
         reason = next(item.problem.reason for item in items if item.problem)
         raise BadInput(f"{root}: none of its {len(items)} pictures has a caption that can be used ({reason}); "
-                       f"write captions to files such as a.txt beside a.png, or to metadata.jsonl with file_name and text")
+                       "write captions to files such as a.txt beside a.png, or to metadata.jsonl")
     return [replace(item, licence=item.licence or source.licence) for item in items]
 
 
@@ -121,7 +130,8 @@ class _Entry:
     folder: re.Match[str] | None  # the innermost folder of the kohya layout
 
 
-def _walk(root: Path, relative: PurePosixPath, folder: re.Match[str] | None = None) -> Iterator[tuple[PurePosixPath, _Entry]]:
+def _walk(root: Path, relative: PurePosixPath,
+          folder: re.Match[str] | None = None) -> Iterator[tuple[PurePosixPath, _Entry]]:
     """Files under `root`, hidden ones and other trainers' caches aside. Links to folders are not entered."""
     with os.scandir(root / relative) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
@@ -320,3 +330,72 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}; write it again") from None
     yield from enumerate(rows, start=1)
+
+
+# hashing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What a file's bytes are, or why they could not be read."""
+
+    sha256: str | None
+    bytes: int
+    hashed: bool  # False: known from an earlier scan
+    problem: Problem | None = None
+
+
+def hash_files(catalog: Catalog, paths: Sequence[Path], *, verify: bool = False) -> dict[Path, FileDigest]:
+    """The sha256 of each file, from the catalog where the file is as it was when it was last hashed.
+
+    A file is as it was when size, mtime, ctime and inode are; that is not trusted where the file was changed less than
+    two seconds before the scan that hashed it, since a second change within the clock's grain would leave no trace.
+    `verify` hashes everything.
+    """
+    started_ns = time.time_ns()
+    known = {} if verify else _known_files(catalog, paths)
+    found: dict[Path, FileDigest] = {}
+    fresh: list[SourceFile] = []
+    for path in paths:
+        try:
+            now = path.stat()
+            row = known.get(str(path))
+            if row is not None and _unchanged(row, now):
+                found[path] = FileDigest(row.sha256, row.size, hashed=False)
+                continue
+            digest = sha256_of(path)
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}; change its permissions or remove it"
+            found[path] = FileDigest(None, 0, hashed=False, problem=Problem("file", reason))
+            continue
+        found[path] = FileDigest(digest, now.st_size, hashed=True)
+        fresh.append(SourceFile(path=str(path), size=now.st_size, mtime_ns=now.st_mtime_ns, ctime_ns=now.st_ctime_ns,
+                                inode=now.st_ino, seen_ns=started_ns, sha256=digest))
+        if len(fresh) >= HASH_CHUNK:
+            _remember(catalog, fresh)
+            fresh = []
+    _remember(catalog, fresh)
+    return found
+
+
+def _unchanged(row: SourceFile, now: os.stat_result) -> bool:
+    same = (row.size, row.mtime_ns, row.ctime_ns, row.inode) == (
+        now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
+    return same and max(row.mtime_ns, row.ctime_ns) < row.seen_ns - TRUSTED_AGE_NS
+
+
+def _known_files(catalog: Catalog, paths: Sequence[Path]) -> dict[str, SourceFile]:
+    known = {}
+    with catalog.read() as session:
+        for start in range(0, len(paths), HASH_CHUNK):
+            chunk = [str(path) for path in paths[start : start + HASH_CHUNK]]
+            for row in session.scalars(select(SourceFile).where(SourceFile.path.in_(chunk))):
+                known[row.path] = row
+    return known
+
+
+def _remember(catalog: Catalog, rows: Sequence[SourceFile]) -> None:
+    if rows:
+        with catalog.write() as session:
+            session.execute(delete(SourceFile).where(SourceFile.path.in_([row.path for row in rows])))
+            session.add_all(rows)

@@ -99,7 +99,7 @@ def _stated_side(members: Sequence[Member]) -> str | None:
 
 
 def prove_disjoint(members: Sequence[Member], splits: Sequence[str], pairs: Iterable[Pair]) -> int:
-    """Check that nothing crosses the split: no identity, no group, no near-duplicate pair. Returns how many were checked.
+    """Check that no identity, group or near-duplicate pair crosses the split. Returns how many links were checked.
 
     `pairs` are found anew among the kept pictures. Raises StageFailed on the first that crosses.
     """

@@ -110,6 +110,25 @@ LEFT_OUT = frozenset(
     dashing away; dizzy; hole; left speech bubble; right anger bubble; om; khanda; orthodox cross; wheel of dharma
     dotted six-pointed star; star of David; menorah; place of worship; globe showing Europe-Africa
     globe showing Asia-Australia; heavy equals sign; divide; computer disk; ice; rock; wood; hut; houses; clapper board
+    skull and crossbones; ogre; goblin; alien monster; love letter; heart on fire; kiss mark; hundred points; raccoon
+    leopard; zebra; boar; goat; camel; llama; rhinoceros; polar bear; swan; peacock; wing; lizard; blowfish
+    spiral shell; coral; jellyfish; squid; oyster; beetle; scorpion; cherry blossom; hibiscus; blossom
+    deciduous tree; leaf fluttering in wind; nest with eggs; mango; coconut; peanuts; chestnut; pea pod
+    baguette bread; pancakes; poultry leg; burrito; cooking; bowl with spoon; green salad; cooked rice; spaghetti
+    fried shrimp; dango; dumpling; fortune cookie; takeout box; soft ice cream; chocolate bar; honey pot; baby bottle
+    glass of milk; bottle with popping cork; tropical drink; tumbler glass; globe with meridians; world map
+    desert island; classical building; brick; post office; Japanese castle; Tokyo tower
+    shinto shrine; fountain; carousel horse; roller coaster; circus tent; high-speed train; tram; motor scooter
+    kick scooter; bus stop; police car light; canoe; speedboat; sun with face; glowing star; cloud with snow; cyclone
+    comet; firecracker; party popper; red envelope; reminder ribbon; sports medal; 1st place medal; tennis
+    flying disc; bowling; ping pong; badminton; diving mask; running shirt; sled; curling stone; yo-yo; water pistol
+    slot machine; mirror ball; joker; performing arts; framed picture; thread; yarn; knot; lab coat; briefs
+    shorts; bikini; shopping bags; running shoe; hiking boot; high-heeled shoe; postal horn; musical notes
+    musical keyboard; movie camera; film projector; dollar banknote; money with wings; memo; spiral notepad
+    chart decreasing; triangular ruler; boomerang; carpentry saw; nut and bolt; link; chains; satellite antenna
+    adhesive bandage; mouse trap; razor; basket; bubbles; coffin; headstone; moai; counterclockwise arrows button
+    atom symbol; shuffle tracks button; repeat button; fast-forward button; reverse button; record button
+    eject button; medical symbol; fleur-de-lis; hollow red circle
     fast reverse button; house with garden; military helmet; clown face; military medal; cityscape; rice ball
     """.replace("\n", ";").split(";")
     if line.strip()
@@ -136,10 +155,16 @@ SHORT_NAMES = {  # CLDR labels that nobody would type, and what a prompt says in
     "left arrow curving right": "forward arrow", "sun with face": "sun face", "pile of poo": "poo",
     "gem stone": "diamond gem", "high voltage": "lightning bolt", "desktop computer": "computer",
     "hundred points": "hundred", "woman’s hat": "sun hat", "woman’s boot": "boot", "man’s shoe": "shoe",
+    "wrapped gift": "gift", "electric plug": "plug", "red apple": "apple", "file folder": "folder", "game die": "dice",
+    "artist palette": "palette", "paw prints": "paw print", "headphone": "headphones", "cheese wedge": "cheese",
+    "ring buoy": "life ring", "bullseye": "target", "american football": "football",
+    "wastebasket": "trash can", "delivery truck": "truck", "fuel pump": "gas pump", "straight ruler": "ruler",
+    "recycling symbol": "recycling", "bellhop bell": "service bell", "video game": "game controller",
+    "locomotive": "train", "office building": "building",
 }  # fmt: skip
 
 # Hue ranges in degrees that people agree on, with the word the captions use.
-HUES = ((345, 360, "red"), (0, 14, "red"), (18, 40, "orange"), (44, 64, "yellow"), (80, 165, "green"),
+HUES = ((345, 360, "red"), (0, 13, "red"), (16, 40, "orange"), (42, 66, "yellow"), (80, 165, "green"),
         (190, 245, "blue"), (255, 300, "purple"), (318, 342, "pink"))  # fmt: skip
 
 
@@ -174,7 +199,7 @@ def drawings(node_modules: Path) -> Iterator[Drawing]:
         name = SHORT_NAMES.get(label, label).lower().replace("’", "'")
         words = [*(s.replace("_", " ").replace("-", " ") for s in short_names.get(code, ())),
                  *(tag for tag in entry.get("tags", ()) if rarity[tag] <= 3)]  # fmt: skip
-        synonyms = tuple(dict.fromkeys(w.lower() for w in words if w.lower() != name and len(w) > 2))[:5]
+        synonyms = tuple(dict.fromkeys(w.lower() for w in words if w.lower() != name and len(w) > 2))[:4]
         concrete = _is_concrete(label, subgroups[entry["subgroup"]])
         for vendor in VENDORS:
             if path := files[vendor.style].get(code):

@@ -9,20 +9,19 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from components.curation.duplicates import dhash, phash
 from components.errors import BadInput
+from components.evaluation.palette import background, nearest_colour
 from components.storage import atomic_write
 
 SIZE = 64  # px, the resolution of the embedded base
 OVERSAMPLING = 4  # drawn larger, then reduced: smooth edges
-MARGIN, RADIUS, GLYPH_BOX = 3, 14, 38  # px of the final icon; the glyph's box leaves the ring of `background_colour` free
-RING = (0.08, 0.14)  # of the icon's side, counted from its edge
-RING_CORNER = 0.28  # of the side: the ring's corners, where the rounded square ends, are left out
+MARGIN, RADIUS, GLYPH_BOX = 3, 14, 38  # px of the final icon; the box leaves the ring of `background_colour` free
 HELD_OUT_CONCEPTS = 60
 SALT = "app-icons"
 SAME_SHAPE_BITS = (8, 10)  # of pHash and dHash: a training glyph this close to a held-out one is left out
@@ -121,18 +120,27 @@ class Glyphs:
         table = json.loads((root / "metadata" / "icons.json").read_text(encoding="utf-8"))
         self._characters = {name: chr(int(icon["unicode"], 16)) for name, icon in table.items()
                             if "solid" in icon["styles"]}
-        self._font = str(root / "webfonts" / "fa-solid-900.ttf")
+        self._font = (root / "webfonts" / "fa-solid-900.ttf").read_bytes()
+        self._masks: dict[str, Image.Image] = {}
 
     def mask(self, glyph: str) -> Image.Image:
         """Coverage of the glyph, mode L, scaled to fit GLYPH_BOX and centred in the oversampled icon."""
-        character, box, side = self._characters[glyph], GLYPH_BOX * OVERSAMPLING, SIZE * OVERSAMPLING
-        left, top, right, bottom = ImageFont.truetype(self._font, box).getbbox(character)
-        font = ImageFont.truetype(self._font, int(box * box / max(right - left, bottom - top)))
+        if glyph not in self._masks:
+            self._masks[glyph] = self._draw(self._characters[glyph])
+        return self._masks[glyph]
+
+    def _draw(self, character: str) -> Image.Image:
+        box, side = GLYPH_BOX * OVERSAMPLING, SIZE * OVERSAMPLING
+        left, top, right, bottom = self._at(box).getbbox(character)
+        font = self._at(int(box * box / max(right - left, bottom - top)))
         left, top, right, bottom = font.getbbox(character)
         mask = Image.new("L", (side, side))
         origin = ((side - left - right) / 2, (side - top - bottom) / 2)
         ImageDraw.Draw(mask).text(origin, character, fill=255, font=font)
         return mask
+
+    def _at(self, size: int) -> ImageFont.FreeTypeFont:
+        return ImageFont.truetype(BytesIO(self._font), size)
 
 
 def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
@@ -149,14 +157,15 @@ def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
     eligible = sorted((c for c in by_concept if set(c.split()) <= known), key=_lot)
     held_out = _without_namesakes(eligible)[:HELD_OUT_CONCEPTS]
     test = [by_concept[concept][0] for concept in held_out]
-    shapes = [_shape(glyphs, pictogram) for pictogram in test]
+    unseen_shapes = [_shape(glyphs, pictogram) for pictogram in test]
 
     icons = [Icon(pictogram, colour, "test") for pictogram in test for colour in PALETTE]
     for concept, members in by_concept.items():
         if concept in held_out or any(_named_after(concept, other) for other in held_out):
             continue
         for pictogram in members:
-            if not any(_alike(_shape(glyphs, pictogram), shape) for shape in shapes):
+            shape = _shape(glyphs, pictogram)
+            if not any(_alike(shape, unseen) for unseen in unseen_shapes):
                 icons += [Icon(pictogram, colour, "train") for colour in _some_colours(pictogram)]
     return sorted(icons, key=lambda icon: icon.file_name)
 
@@ -167,10 +176,8 @@ def write_icons(folder: Path, known_words: Collection[str]) -> IconCounts:
     icons = plan_icons(known_words, glyphs)
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
-    masks: dict[str, Image.Image] = {}
     for icon in icons:
-        mask = masks.setdefault(icon.pictogram.glyph, glyphs.mask(icon.pictogram.glyph))
-        draw_icon(mask, PALETTE[icon.colour]).save(folder / icon.file_name, optimize=True)
+        draw_icon(glyphs.mask(icon.pictogram.glyph), PALETTE[icon.colour]).save(folder / icon.file_name)
     (folder / ATTRIBUTION_NAME).write_text(ATTRIBUTION, encoding="utf-8")
     with atomic_write(folder / METADATA_NAME) as table:
         for icon in icons:
@@ -179,18 +186,8 @@ def write_icons(folder: Path, known_words: Collection[str]) -> IconCounts:
 
 
 def background_colour(image: Image.Image) -> str:
-    """The palette's name for an icon's ground: nearest to the median of a ring 8 to 14 % inside the edge.
-
-    The ring's corners are left out, since there the rounded square ends.
-    """
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)  # (H, W, 3)
-    height, width = pixels.shape[:2]
-    y = np.minimum(np.arange(height) + 0.5, height - np.arange(height) - 0.5) / height  # distance to the nearer edge
-    x = np.minimum(np.arange(width) + 0.5, width - np.arange(width) - 0.5) / width
-    distance, other = np.minimum.outer(y, x), np.maximum.outer(y, x)
-    ring = (distance >= RING[0]) & (distance <= RING[1]) & (other >= RING_CORNER)
-    median = np.median(pixels[ring], axis=0)
-    return min(PALETTE, key=lambda name: float(np.square(median - PALETTE[name]).sum()))
+    """The palette's name for an icon's ground: nearest to the median of a ring 8 to 14 % inside the edge."""
+    return nearest_colour(background(image), PALETTE)
 
 
 def _row(icon: Icon) -> dict[str, str]:

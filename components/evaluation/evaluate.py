@@ -266,8 +266,8 @@ def _picture_metrics(score: Scores, position: int | None, training_rows: Sequenc
     if position is None:  # a further seed of a variety prompt: drawn for variety alone
         return {}
     found = {"prompt_rank": int(score.rank[position]), "style": float(score.style[position]),
-             "nearest_similarity": float(score.nearest[position]),
-             "nearest_sample": training_rows[int(score.nearest_row[position])].sha256}
+             "similarity": float(score.nearest[position]),
+             "nearest": training_rows[int(score.nearest_row[position])].sha256}
     if not np.isnan(score.colour[position]):
         found["colour_right"] = bool(score.colour[position])
     return found

@@ -83,9 +83,10 @@ class StableDiffusion:
         unet = json.loads((base / "unet" / "config.json").read_text())
         downscale = 2 ** (len(vae["block_out_channels"]) - 1)
         resolution = unet["sample_size"] * downscale
-        small = resolution < SMALL_BASE
-        return Geometry(resolution, resolution if small else BUCKET_STEP, resolution if small else SMALL_BASE,
-                        downscale, vae["latent_channels"])
+        if resolution < SMALL_BASE:
+            step = downscale * 2 ** (len(unet["block_out_channels"]) - 1)  # what the U-Net can halve and double again
+            return Geometry(resolution, step, resolution, downscale, vae["latent_channels"])
+        return Geometry(resolution, BUCKET_STEP, SMALL_BASE, downscale, vae["latent_channels"])
 
     def scheduler_config(self, base: Path) -> dict[str, Any]:
         return json.loads((base / "scheduler" / "scheduler_config.json").read_text())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from components.errors import BadInput
 from components.families.family import Geometry
 
 
@@ -19,11 +20,16 @@ class Bucket:
 def buckets(resolution: int, geometry: Geometry, *, max_aspect: float = 2.0) -> tuple[Bucket, ...]:
     """Every size whose area is at most resolution**2, sides multiples of the family's step, widest last.
 
-    For each width the tallest fitting height is taken; sides shorter than the family's minimum are left out. A base too
-    small for more than one has the square alone.
+    For each width the tallest fitting height is taken; sides shorter than the family's minimum are left out, so that a
+    resolution with no room for them has the square alone. Raises BadInput when not even the square is on the grid.
     """
-    step, longest = geometry.side_step, int(resolution * math.sqrt(max_aspect)) // geometry.side_step * geometry.side_step
+    step = geometry.side_step
+    if resolution < step:
+        raise BadInput(f"training.resolution is {resolution}, but this base takes sides in steps of {step}; raise it")
+    longest = int(resolution * math.sqrt(max_aspect)) // step * step
     sizes = {Bucket(resolution // step * step, resolution // step * step)}
+    if geometry.min_side >= resolution:
+        return tuple(sizes)
     for width in range(geometry.min_side, max(longest, resolution) + 1, step):
         height = min(resolution * resolution // width // step * step, max(longest, resolution))
         if height >= geometry.min_side:

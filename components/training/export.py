@@ -164,6 +164,16 @@ def _scale(part: str, path: str, rank: int, settings: Mapping[str, Any]) -> floa
 # writing ----------------------------------------------------------------------------------------------------------
 
 
+def diffusers_tensors(layers: Iterable[LoraLayer]) -> dict[str, Tensor]:
+    """The diffusers layout under one kind of name: a reader takes the first key's kind for that of all of them."""
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        down, up = ("lora.down", "lora.up") if layer.part == "unet" else ("lora_A", "lora_B")
+        tensors[f"{layer.part}.{layer.path}.{down}.weight"] = layer.down
+        tensors[f"{layer.part}.{layer.path}.{up}.weight"] = layer.up
+    return tensors
+
+
 def kohya_tensors(layers: Iterable[LoraLayer]) -> dict[str, Tensor]:
     """The kohya layout of a U-Net's layers; `alpha` is what makes alpha / r the layer's scale.
 
@@ -185,7 +195,7 @@ def export_adapter(bench: Bench, adapter_sha256: str, destination: Path, layouts
                    run_uid: str | None = None) -> Export:
     """Write an adapter of the store with its card into a folder, ready for diffusers, WebUI and ComfyUI.
 
-    The diffusers file holds the stored tensors unchanged; both files name data, base, run and code in their header, and
+    The diffusers file holds the stored numbers unchanged; both files name data, base, run and code in their header, and
     no local path. Raises BadInput for a layout that cannot hold the adapter, DamagedArtifact when its bytes are gone.
     """
     bench.store.read(adapter_sha256)  # verified before anything is published
@@ -194,7 +204,7 @@ def export_adapter(bench: Bench, adapter_sha256: str, destination: Path, layouts
     origin = origin_of(bench, adapter_sha256, run_uid)
     files: dict[str, Path] = {}
     for layout in layouts:
-        body = tensors if layout == "diffusers" else kohya_tensors(layers)
+        body = diffusers_tensors(layers) if layout == "diffusers" else kohya_tensors(layers)
         kept = {key: stored[key] for key in ("format", "lora_adapter_metadata") if key in stored} if layout == "diffusers" else {}
         files[layout] = destination / (DIFFUSERS_FILE if layout == "diffusers" else f"{origin.name}.safetensors")
         with atomic_write(files[layout]) as file:
@@ -213,6 +223,8 @@ def file_metadata(origin: Origin, layers: Sequence[LoraLayer], tensors: Mapping[
     dims = {layer.rank for layer in layers}
     values: dict[str, Any] = {
         "ss_output_name": origin.name,
+        "ss_v2": False,
+        "ss_base_model_version": "sd_v1" if origin.architecture == "stable-diffusion-v1" else None,
         "ss_network_module": "networks.lora",
         "ss_network_dim": max(dims),
         "ss_network_alpha": max(scales),

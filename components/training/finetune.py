@@ -16,6 +16,7 @@ from components.config import TrainingConfig
 from components.curation.snapshots import SampleRow
 from components.diffusion.draws import Draw, Draws
 from components.diffusion.objectives import Objective, objective_from_scheduler
+from components.diffusion.timesteps import logit_normal, uniform
 from components.errors import BadInput, LatentCacheMismatch, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
@@ -41,6 +42,7 @@ from components.training.validation import log_mean_ratio, validation_losses
 
 PREVIEW_STEPS = 12  # sampler steps of a preview: a look, not a measurement
 PREVIEW_GUIDANCE = 4.0
+TIMES = {"uniform": uniform, "logit_normal": logit_normal}
 Event = Callable[[dict[str, Any]], None]
 
 
@@ -86,13 +88,9 @@ def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, res
 
 
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
-    """The objective that the base was trained with. Raises BadInput when the recipe asks for another."""
-    config = base.architecture.scheduler_config(base.path)
-    theirs = config.get("prediction_type", "epsilon")
-    if training.prediction_type not in ("auto", theirs):
-        raise BadInput(f"training.prediction_type is {training.prediction_type!r}, but base {base.name!r} predicts "
-                       f"{theirs!r}; use \"auto\" or another base")
-    return objective_from_scheduler(config, timestep_sampling=training.timestep_sampling, snr_gamma=training.snr_gamma)
+    """The objective that the base was trained with. Raises BaseModelError when the recipe asks for another."""
+    return objective_from_scheduler(base.architecture.scheduler_config(base.path), to_time=TIMES[training.timestep_sampling],
+                                    prediction_type=training.prediction_type, snr_gamma=training.snr_gamma)
 
 
 def fine_tune(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, training: TrainingConfig, resolution: int,
@@ -103,7 +101,8 @@ def fine_tune(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, training
     every checkpoint), "preview-<step>-<i>". Raises Stopped after SIGTERM with a checkpoint saved, TrainingDiverged when
     the loss is not finite.
     """
-    train = cached_samples(bench, [row for row in rows if row.split == "train"], base, resolution)
+    repeated = [row for row in rows if row.split == "train" for _ in range(row.repeats)]
+    train = cached_samples(bench, repeated, base, resolution)
     held_out_rows = [row for row in rows if row.split == "test"]
     held_out = cached_samples(bench, _spread(held_out_rows, training.validation_items), base, resolution)
     if not train.rows:
@@ -142,11 +141,12 @@ class _FineTuning:
         self.losses: dict[str, Tensor] = {}  # "base" and "<step>" -> (N, T)
         self.adapters: dict[int, ObjectRef] = {}
         self.previews: dict[str, ObjectRef] = {}
+        self.saved = 0
         self.last_report = time.monotonic()
 
     def __call__(self) -> Product:
         training = self.training
-        start = self._resume()
+        start = self.saved = self._resume()
         if start == 0 and self.held_out.rows:
             self.losses["base"] = self._validate()
         self.denoiser.train()
@@ -158,7 +158,7 @@ class _FineTuning:
                              warmup_steps=training.lr_warmup_steps),
             draws=Draws(training.seed), start_step=start, max_train_steps=training.max_train_steps,
             gradient_accumulation_steps=training.gradient_accumulation_steps, max_grad_norm=training.max_grad_norm,
-            on_step=self._report, checkpoint=self._checkpoint, checkpointing_steps=training.checkpointing_steps,
+            on_step=self._report, on_checkpoint=self._checkpoint, checkpointing_steps=training.checkpointing_steps,
             should_stop=self.should_stop)
         if done < training.max_train_steps:
             raise Stopped(f"stopped after step {done} of {training.max_train_steps}; run the same command to continue")
@@ -186,7 +186,7 @@ class _FineTuning:
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
         cond = {name: torch.where(dropped.view(-1, *[1] * (tensor.dim() - 1)), self.null[name], tensor).to(self.device)
                 for name, tensor in batch.cond.items()}
-        return self.objective(self._denoise, self._latents(batch, draw), cond, draw)
+        return self.objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).mean()
 
     def _report(self, report: StepReport) -> None:
         now = time.monotonic()
@@ -201,6 +201,10 @@ class _FineTuning:
     # checkpoints ------------------------------------------------------------------------------------------------------
 
     def _checkpoint(self, step: int) -> None:
+        """Called after every `checkpointing_steps`, at the end (perhaps the same step once more) and when stopped."""
+        if step == self.saved:
+            return
+        self.saved = step
         if step not in self.adapters and (step % self.training.checkpointing_steps == 0
                                           or step == self.training.max_train_steps):
             self._publish(step)

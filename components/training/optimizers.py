@@ -10,14 +10,25 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 
 RMS_OF_ADAMW = 0.2  # the usual RMS of an AdamW update, so that both share one learning rate: Liu et al., arXiv:2502.16982
 
 
-def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Push all singular values of (m, n) towards 1 (into about 0.7 to 1.2) by Newton-Schulz iterations."""
+def orthogonalize(matrix: Tensor, iterations: int = 4) -> Tensor:
+    """Push all singular values of (m, n) towards 1 (most into 0.7 to 1.2) by Newton-Schulz iterations.
+
+    Every iterate is Q x with a small square Q, a polynomial of x x^T, so the long side is multiplied only twice; the
+    norm of x x^T bounds the largest singular value more tightly than that of x, which saves an iteration.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.T  # of the iterate Q x, (m, m)
+    norm = gram.norm().sqrt() + 1e-12
+    gram = gram / norm.square()
+    q = torch.eye(len(x), dtype=x.dtype, device=x.device) / norm
+    for i in range(iterations):
+        step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal().add_(a)
+        q = step @ q
+        if i < iterations - 1:
+            gram = step @ gram @ step  # all are polynomials of one symmetric matrix: they commute
+    x = q @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 

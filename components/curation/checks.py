@@ -1,0 +1,246 @@
+"""What is checked on every image and caption: facts from one decode, then a table of small rules over the facts.
+
+`examine` reads pixels and is worth caching (its result depends on the bytes and on EXAMINE_VERSION alone); `judge` and
+`judge_set` only compare numbers, so rules change without touching an image. A check never deletes: it rejects or flags,
+with score, threshold and a reason.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageStat
+
+from components.config import CurationConfig
+from components.curation.duplicates import dhash, phash
+from components.curation.pixels import NOTES, WHITE, UnreadableImage, read_image, rgb_digest
+
+EXAMINE_VERSION = 1
+REDUCED_SIDE = 256            # px; hashes and figures of a larger image are read off a copy with sides of at least this
+EDGE_SIDE = 64                # px, of the second look at sharpness
+PERCEIVED = np.array([0.241, 0.691, 0.068])   # of squared R, G, B in brightness, as cleanlab/cleanvision has it
+USUAL_MIN_SIDE = 200          # px, DataComp's filter; a base that trains on smaller pictures lowers it
+DRAWN_ENTROPY = 6.0           # bits; photographs have 7 to 9.5, flat drawings and icons 1 to 5
+BLUR_SHARE = 0.02             # of a set of photographs, the least sharp, is flagged
+OUTLIER_Z = 3.5               # robust standard deviations from the set's median brightness
+IDENTICAL_CAPTIONS = 0.2      # share of captions that repeat another one, above which the set is flagged
+MIN_SET = 50                  # images; below, nothing is said about an image's place in the set
+
+Profile = Literal["photo", "drawing"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """One decoded image, upright. Brightness is perceived, 0 black to 1 white."""
+
+    rgb_digest: str                            # sha256 of size and RGB pixels: the same picture in any container
+    width: int
+    height: int
+    format: str                                # "PNG", "JPEG", ...
+    mode: str                                  # Pillow mode of the stored pixels
+    notes: tuple[str, ...]                     # keys of pixels.NOTES: what was done to the pixels
+    phash: int                                 # 64 bits, as are dhash's; within 2 bits of phash(full image)
+    dhash: int
+    mean_colour: tuple[float, float, float]    # R, G, B in 0 to 255
+    brightness: tuple[float, float, float, float, float]   # percentiles 1, 5, 50, 95, 99
+    entropy: float                             # bits, of the RGB histogram
+    sharpness: float                           # variance of the Laplacian, at 256 px
+    edges: float                               # standard deviation of the edges, at 64 px
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    reason: str                                # one line
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRules:
+    """What the thresholds depend on."""
+
+    training_size: int                         # px, side that the base model is trained on
+    min_side: int                              # px
+    max_aspect: float
+    min_caption_words: int
+    count_tokens: Callable[[str], int] | None = None   # by the training tokenizer; None: tokens are not counted
+    max_tokens: int = 77
+    profile: Profile = "photo"                 # drawings are flat, bright and smooth on purpose
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    check: str
+    score: float | None
+    threshold: float | None
+    decision: Literal["keep", "reject", "flag"]
+    reason: str                                # one sentence, also for what is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One rule. It fails when the score is below (or above) the threshold; `says` is filled with both."""
+
+    name: str
+    version: int
+    decision: Literal["reject", "flag"]
+    fails: Literal["below", "above"]
+    threshold: Callable[[CheckRules], float]
+    score: Callable[[ImageFacts, str, CheckRules], float]
+    says: str
+    profiles: tuple[Profile, ...] = ("photo", "drawing")
+
+    def __call__(self, facts: ImageFacts, caption: str, rules: CheckRules) -> Verdict:
+        score, threshold = float(self.score(facts, caption, rules)), float(self.threshold(rules))
+        failed = score < threshold if self.fails == "below" else score > threshold
+        said = self.says.format(score=score, threshold=threshold, facts=facts, notes=_said_of(facts))
+        return Verdict(self.name, score, threshold, self.decision if failed else "keep", said)
+
+
+def noted(*notes: str) -> Callable[[ImageFacts, str, CheckRules], float]:
+    return lambda facts, caption, rules: sum(note in facts.notes for note in notes)
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("tiny", 1, "reject", "below", lambda rules: rules.min_side,
+          lambda facts, caption, rules: min(facts.width, facts.height),
+          "The shorter side has {score:.0f} px, at least {threshold:.0f} are needed."),
+    Check("aspect", 1, "reject", "above", lambda rules: rules.max_aspect,
+          lambda facts, caption, rules: max(facts.width, facts.height) / min(facts.width, facts.height),
+          "{facts.width} x {facts.height} px is {score:.2f} to 1, at most {threshold:g} to 1 is used."),
+    Check("small", 1, "flag", "below", lambda rules: rules.training_size,
+          lambda facts, caption, rules: min(facts.width, facts.height),
+          "The shorter side has {score:.0f} px, training uses {threshold:.0f}: smaller ones are scaled up."),
+    Check("upscaled", 1, "flag", "above", lambda rules: 1.3,
+          lambda facts, caption, rules: rules.training_size / min(facts.width, facts.height),
+          "Training scales it up {score:.2f} times, above {threshold:g} detail is missing."),
+    Check("dark", 1, "flag", "below", lambda rules: 0.32, lambda facts, caption, rules: facts.brightness[4],
+          "Its brightest parts have brightness {score:.2f}, below {threshold:g} it is dark.", ("photo",)),
+    Check("bright", 1, "flag", "above", lambda rules: 0.95, lambda facts, caption, rules: facts.brightness[1],
+          "Its darkest parts have brightness {score:.2f}, above {threshold:g} it is washed out.", ("photo",)),
+    Check("low_information", 1, "flag", "below", lambda rules: 3.0, lambda facts, caption, rules: facts.entropy,
+          "Its colours hold {score:.2f} bits, below {threshold:g} there is little to see.", ("photo",)),
+    Check("frames", 1, "flag", "above", lambda rules: 0, noted("animated", "multipage"), "{notes}"),
+    Check("colours", 1, "flag", "above", lambda rules: 0, noted("cmyk", "16bit", "profile_ignored"), "{notes}"),
+    Check("metadata", 1, "flag", "above", lambda rules: 0, noted("gps", "metadata_damaged"), "{notes}"),
+    Check("caption_empty", 1, "reject", "below", lambda rules: 1,
+          lambda facts, caption, rules: len(caption.strip()),
+          "The caption has {score:.0f} characters."),
+    Check("caption_short", 1, "flag", "below", lambda rules: rules.min_caption_words,
+          lambda facts, caption, rules: len(caption.split()),
+          "The caption has {score:.0f} words, at least {threshold:.0f} are asked for."),
+    Check("caption_tokens", 1, "flag", "above", lambda rules: rules.max_tokens,
+          lambda facts, caption, rules: rules.count_tokens(caption) if rules.count_tokens else 0,
+          "The caption has {score:.0f} tokens, the text encoder reads {threshold:.0f}."),
+)
+
+
+def check_rules(config: CurationConfig, training_size: int, *, count_tokens: Callable[[str], int] | None = None,
+                max_tokens: int = 77, profile: Profile = "photo") -> CheckRules:
+    """The recipe's rules for a base that trains at `training_size` px."""
+    min_side = min(USUAL_MIN_SIDE, training_size) if config.min_side == "auto" else config.min_side
+    return CheckRules(training_size=training_size, min_side=min_side, max_aspect=config.max_aspect, profile=profile,
+                      min_caption_words=config.min_caption_words, count_tokens=count_tokens, max_tokens=max_tokens)
+
+
+def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts | Unreadable:
+    """Everything the checks need, from one decode of an image file's bytes. Never raises for what the bytes are."""
+    try:
+        decoded = read_image(data, background)
+    except UnreadableImage as error:
+        return Unreadable(str(error))
+    image = decoded.image
+    reduced = image.reduce(max(1, min(image.size) // REDUCED_SIDE))
+    grey = reduced.convert("L")
+    rgb = np.asarray(reduced, dtype=np.float32)                          # (h, w, 3)
+    red, green, blue = rgb.mean(axis=(0, 1), dtype=np.float64).round(3).tolist()
+    p1, p5, p50, p95, p99 = np.percentile(_perceived_brightness(rgb), (1, 5, 50, 95, 99)).round(5).tolist()
+    return ImageFacts(
+        rgb_digest=rgb_digest(image), width=image.width, height=image.height, format=decoded.format, mode=decoded.mode,
+        notes=decoded.notes, phash=phash(grey), dhash=dhash(grey), mean_colour=(red, green, blue),
+        brightness=(p1, p5, p50, p95, p99), entropy=round(reduced.entropy(), 5),
+        sharpness=_laplacian_variance(grey), edges=_edge_deviation(grey),
+    )
+
+
+def judge(facts: ImageFacts | Unreadable, caption: str, rules: CheckRules) -> list[Verdict]:
+    """Every check's verdict on one image and its caption, passed ones too. An unreadable file has this one only."""
+    if isinstance(facts, Unreadable):
+        return [Verdict("unreadable", None, None, "reject", f"It cannot be opened: {facts.reason}.")]
+    return [check(facts, caption, rules) for check in CHECKS if rules.profile in check.profiles]
+
+
+def judge_set(facts: Sequence[ImageFacts], profile: Profile) -> list[list[Verdict]]:
+    """Flags for images that stand out from their own set, one list per image; empty below 50 images.
+
+    Brightness far from the set's median (robust z, in sets of any kind), and in photographs the 2 % least sharp ones.
+    """
+    verdicts: list[list[Verdict]] = [[] for _ in facts]
+    if len(facts) < MIN_SET:
+        return verdicts
+    z = robust_z(np.array([f.brightness[2] for f in facts]))
+    for i in np.flatnonzero(np.abs(z) > OUTLIER_Z).tolist():
+        verdicts[i].append(Verdict("unusual_brightness", float(z[i]), OUTLIER_Z, "flag",
+                                   f"Its brightness is {z[i]:+.1f} deviations from this set's median."))
+    if profile == "photo":
+        share = np.maximum(_percentile_ranks([f.sharpness for f in facts]), _percentile_ranks([f.edges for f in facts]))
+        for i in np.flatnonzero(share < BLUR_SHARE).tolist():
+            verdicts[i].append(Verdict("blur", float(share[i]), BLUR_SHARE, "flag",
+                                       f"It is among the {BLUR_SHARE:.0%} least sharp images of this set."))
+    return verdicts
+
+
+def judge_captions(captions: Sequence[str]) -> Verdict:
+    """One verdict on the whole set: identical captions blur what is learnt and make copying likelier."""
+    counts = Counter(" ".join(caption.lower().split()) for caption in captions)
+    share = sum(count for count in counts.values() if count > 1) / max(len(captions), 1)
+    return Verdict("identical_captions", share, IDENTICAL_CAPTIONS, "flag" if share > IDENTICAL_CAPTIONS else "keep",
+                   f"{share:.0%} of the captions are shared by several images.")
+
+
+def profile_of(facts: Sequence[ImageFacts]) -> Profile:
+    """What the set is made of, by the median entropy of its colours: thresholds for photographs misjudge drawings."""
+    if not facts:
+        return "photo"
+    return "drawing" if float(np.median([f.entropy for f in facts])) < DRAWN_ENTROPY else "photo"
+
+
+def robust_z(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(value - median) / (1.4826 median absolute deviation), (n,); zeros when half of the values are equal."""
+    deviation = values - np.median(values)
+    spread = 1.4826 * np.median(np.abs(deviation))
+    return deviation / spread if spread > 0 else np.zeros_like(deviation)
+
+
+def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(h, w, 3) in 0 to 255 -> (h, w) in 0 to 1."""
+    return np.sqrt(np.square(rgb) @ PERCEIVED) / 255
+
+
+def _laplacian_variance(grey: Image.Image) -> float:
+    x = np.asarray(_within(grey, REDUCED_SIDE), dtype=np.float32)
+    if min(x.shape) < 3:
+        return 0.0
+    return float((x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:] - 4 * x[1:-1, 1:-1]).var())
+
+
+def _edge_deviation(grey: Image.Image) -> float:
+    return float(ImageStat.Stat(_within(grey, EDGE_SIDE).filter(ImageFilter.FIND_EDGES)).stddev[0])
+
+
+def _within(image: Image.Image, side: int) -> Image.Image:
+    scaled = image.copy()
+    scaled.thumbnail((side, side), Image.Resampling.BOX)
+    return scaled
+
+
+def _percentile_ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Share of the set that is lower, (n,)."""
+    ordered = np.sort(values)
+    return np.searchsorted(ordered, values, side="left") / len(values)
+
+
+def _said_of(facts: ImageFacts) -> str:
+    said = "; ".join(NOTES[note] for note in facts.notes) or "nothing unusual about the file"
+    return f"{said[0].upper()}{said[1:]}."

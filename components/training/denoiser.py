@@ -1,0 +1,98 @@
+"""The denoiser of the embedded base and the text encoder that is trained with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from components.diffusion.draws import Draw
+from components.diffusion.objectives import Objective
+from components.training.captions import EMPTY_PROMPT, caption
+from components.training.pictures import Picture
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedLatents:
+    """Latents with the pictures that captions are made from; `sample_ids` are the pictures' file names."""
+
+    sample_ids: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+    latents: Tensor  # (B, C, H, W)
+
+
+class TextToLatents(nn.Module):
+    """Text encoder and U-Net as one trainable module."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel):
+        super().__init__()
+        self.tokenizer, self.text_encoder, self.unet = tokenizer, text_encoder, unet
+
+    def prompt_embeds(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L, D) as the stock pipeline computes them: padded to the tokenizer's length, without a mask."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        return self.text_encoder(tokens.input_ids)[0]
+
+    def forward(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
+        return self.unet(x_t, timestep, encoder_hidden_states=prompt_embeds).sample
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer, hidden_size: int, layers: int) -> CLIPTextModel:
+    """An untrained CLIP text encoder for the tokenizer's vocabulary and length."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=4 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 48,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=hidden_size,
+        )
+    )
+
+
+def new_unet(
+    channels: tuple[int, ...], layers_per_block: int, text_size: int, latent_channels: int, sample_size: int
+) -> UNet2DConditionModel:
+    """An untrained U-Net with cross-attention at every level; heads are 48 wide, narrower ones are slow on a CPU."""
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=channels,
+        layers_per_block=layers_per_block,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        cross_attention_dim=text_size,
+        attention_head_dim=tuple(width // 48 for width in channels),  # a number of heads: diffusers' historical name
+        norm_num_groups=16,
+    )
+
+
+def denoising_loss(
+    model: TextToLatents, objective: Objective, batch: CaptionedLatents, draw: Draw, *, caption_dropout: float
+) -> Tensor:
+    """The objective's mean over a batch whose captions are drawn afresh and sometimes left empty; scalar."""
+    size = len(batch.pictures)
+    dropped, wording, styling = (draw.uniform(size, purpose) for purpose in ("dropout", "wording", "styling"))
+    prompts = [
+        EMPTY_PROMPT if dropped[i] < caption_dropout else caption(picture, wording[i].item(), styling[i].item())
+        for i, picture in enumerate(batch.pictures)
+    ]
+    return objective.per_sample(model, batch.latents, model.prompt_embeds(prompts), draw).mean()
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def encode(vae, pixels: Tensor, batch_size: int = 64) -> Tensor:
+    """Latent means (N, C, h, w) of pixels (N, 3, H, W) in [-1, 1]."""
+    with torch.no_grad():
+        return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(batch_size)])

@@ -1,0 +1,71 @@
+"""What every test stands on: a workspace of its own, no outside host, and servers that are started once per session."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before any test module imports prefect, mlflow or torch: no telemetry, nobody's real workspace, no spinning threads.
+for name in [name for name in os.environ if name.startswith(("SAFELIGHT_", "PREFECT_", "MLFLOW_"))]:
+    del os.environ[name]
+_elsewhere = tempfile.TemporaryDirectory(prefix="safelight-tests-")
+os.environ |= {
+    "SAFELIGHT_HOME": f"{_elsewhere.name}/home", "PREFECT_HOME": f"{_elsewhere.name}/prefect",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
+    "DIFFUSERS_DISABLE_REMOTE_CODE": "1", "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest  # noqa: E402
+
+from components.stages import Bench  # noqa: E402
+from components.workspace import Workspace  # noqa: E402
+from flows import services  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Served:
+    """A workspace whose Prefect and MLflow are up, and the variables that a process of it needs."""
+
+    workspace: Workspace
+    urls: services.Services
+    environment: dict[str, str]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """An empty workspace; SAFELIGHT_HOME points at it."""
+    monkeypatch.setenv("SAFELIGHT_HOME", str(tmp_path / "home"))
+    return Workspace.from_environment().create()
+
+
+@pytest.fixture
+def bench(workspace: Workspace) -> Iterator[Bench]:
+    """The workspace's bench, its catalog at the newest revision."""
+    bench = Bench.open(workspace)
+    bench.catalog.migrate()
+    yield bench
+    bench.catalog.engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Real Prefect and MLflow servers. Started once, since a start takes half a minute; names must not clash in there."""
+    workspace = Workspace(tmp_path_factory.mktemp("served") / "home").create()
+    bench = Bench.open(workspace)
+    bench.catalog.migrate()
+    bench.catalog.engine.dispose()
+    try:
+        urls = services.ensure_up(workspace)
+        yield Served(workspace, urls, services.environment(workspace, urls))
+    finally:
+        services.down(workspace)
+
+
+@pytest.fixture
+def in_served(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """The served workspace as this process's own."""
+    for name, value in served.environment.items():
+        monkeypatch.setenv(name, value)
+    return served

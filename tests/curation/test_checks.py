@@ -1,0 +1,230 @@
+"""Facts come from one decode; rules are small, replayable and say what they saw."""
+
+import io
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from components.config import CurationConfig
+from components.curation.checks import (
+    CHECKS,
+    CheckRules,
+    ImageFacts,
+    Unreadable,
+    Verdict,
+    check_rules,
+    examine,
+    judge,
+    judge_captions,
+    judge_set,
+    profile_of,
+)
+from components.curation.duplicates import dhash, phash
+
+RULES = check_rules(CurationConfig(), training_size=512)
+
+
+@cache
+def photo(seed: int = 0, size: tuple[int, int] = (560, 520), blur: float = 0.0) -> Image.Image:
+    """Noise at several scales has the entropy and the sharpness of a photograph."""
+    g = np.random.default_rng(seed)
+    image = Image.new("RGB", size)
+    for layer, side in enumerate((3, 9, 40, 200), start=1):
+        noise = Image.fromarray(g.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        image = Image.blend(image, noise.resize(size, Image.Resampling.BICUBIC), 1 / layer)
+    return image.filter(ImageFilter.GaussianBlur(blur))
+
+
+def bmp(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def facts_of(image: Image.Image) -> ImageFacts:
+    found = examine(bmp(image))
+    assert isinstance(found, ImageFacts)
+    return found
+
+
+@cache
+def good() -> ImageFacts:
+    return facts_of(photo())
+
+
+def failed(facts: ImageFacts | Unreadable, caption: str = "a red bicycle", rules: CheckRules = RULES) -> dict[str, str]:
+    return {verdict.check: verdict.decision for verdict in judge(facts, caption, rules) if verdict.decision != "keep"}
+
+
+# Facts
+
+def test_facts_say_what_is_in_the_file():
+    image = photo(size=(300, 240))
+    facts = facts_of(image)
+    assert (facts.width, facts.height, facts.format, facts.mode, facts.notes) == (300, 240, "BMP", "RGB", ())
+    assert (facts.phash, facts.dhash) == (phash(image), dhash(image))
+    assert facts.mean_colour == pytest.approx(np.asarray(image).mean(axis=(0, 1)), abs=1e-3)
+    assert list(facts.brightness) == sorted(facts.brightness) and 0 <= facts.brightness[0] <= facts.brightness[-1] <= 1
+    assert facts.entropy == pytest.approx(image.entropy(), abs=1e-4)
+
+
+def test_hashes_of_a_large_image_stay_close_to_those_of_its_full_size():
+    for seed in range(4):
+        image = photo(seed, size=(1100, 800))
+        facts = facts_of(image)
+        assert (facts.phash ^ phash(image)).bit_count() <= 2 and (facts.dhash ^ dhash(image)).bit_count() <= 2
+
+
+def test_brightness_is_perceived_and_black_and_white_are_its_ends():
+    ends = [facts_of(Image.new("RGB", (32, 32), colour)).brightness[2] for colour in ("black", "white")]
+    assert ends == pytest.approx([0, 1])
+    green, blue = (facts_of(Image.new("RGB", (32, 32), colour)).brightness[2] for colour in ("lime", "blue"))
+    assert green == pytest.approx(0.691**0.5, abs=1e-4) and blue == pytest.approx(0.068**0.5, abs=1e-4)
+
+
+def test_blur_lowers_both_measures_of_sharpness():
+    found = [facts_of(photo(blur=radius)) for radius in (0, 2, 8)]
+    assert found[0].sharpness > found[1].sharpness > found[2].sharpness
+    assert found[0].edges > found[2].edges
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 90), (5000, 3)])
+def test_images_of_any_shape_have_facts(size: tuple[int, int]):
+    facts = facts_of(Image.new("RGB", size))
+    assert (facts.width, facts.height) == size and facts.sharpness == 0
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (b"", "empty (0 bytes)"), (b"a caption in a .png file", "the file begins with b'a caption"),
+    (bmp(Image.new("RGB", (50, 50)))[:-300], "cut short"),
+])
+def test_a_file_that_cannot_be_opened_is_rejected_with_the_reason(data: bytes, said: str):
+    facts = examine(data)
+    assert isinstance(facts, Unreadable) and said in facts.reason
+    [verdict] = judge(facts, "a caption", RULES)
+    assert (verdict.check, verdict.decision, verdict.score) == ("unreadable", "reject", None)
+    assert said in verdict.reason and "\n" not in verdict.reason
+
+
+# Rules for one image
+
+def test_a_good_photograph_passes_every_check():
+    verdicts = judge(good(), "a red bicycle", RULES)
+    assert {verdict.decision for verdict in verdicts} == {"keep"}
+    assert [verdict.check for verdict in verdicts] == [check.name for check in CHECKS]
+
+
+def test_a_base_of_64_px_takes_images_of_64_px():
+    small = check_rules(CurationConfig(), training_size=64)
+    icon = facts_of(photo(size=(64, 64)))
+    assert small.min_side == 64 and failed(icon, rules=small) == {}
+    assert failed(icon) == {"tiny": "reject", "small": "flag", "upscaled": "flag"}
+    assert failed(facts_of(photo(size=(63, 64))), rules=small) == {"tiny": "reject", "small": "flag"}
+
+
+@pytest.mark.parametrize(("size", "expected"), [
+    ((512, 512), {}), ((511, 600), {"small": "flag"}), ((393, 600), {"small": "flag", "upscaled": "flag"}),
+    ((199, 199), {"tiny": "reject", "small": "flag", "upscaled": "flag"}),
+    ((1536, 512), {}), ((1537, 512), {"aspect": "reject"}), ((512, 1600), {"aspect": "reject"}),
+])
+def test_size_and_shape_follow_the_training_size(size: tuple[int, int], expected: dict[str, str]):
+    facts = replace(good(), width=size[0], height=size[1])
+    assert failed(facts) == expected
+
+
+def test_the_recipe_sets_the_smallest_side_and_the_shape():
+    rules = check_rules(CurationConfig(min_side=100, max_aspect=1.5), training_size=512)
+    facts = replace(good(), width=900, height=512)
+    assert failed(facts, rules=rules) == {"aspect": "reject"}
+    assert "tiny" not in failed(replace(facts, width=150, height=120), rules=rules)
+
+
+def test_dark_bright_and_empty_photographs_are_flagged_but_drawings_may_be_so():
+    dark = photo().point(lambda v: v // 8)
+    bright = photo().point(lambda v: 248 + v // 32)
+    plain = Image.new("RGB", (600, 600), (90, 90, 200))
+    assert failed(facts_of(dark)) == {"dark": "flag"}
+    assert failed(facts_of(bright)) == {"bright": "flag"}
+    assert failed(facts_of(plain)) == {"low_information": "flag"}
+    drawing = replace(RULES, profile="drawing")
+    assert [failed(facts_of(image), rules=drawing) for image in (dark, bright, plain)] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(("note", "check"), [
+    ("animated", "frames"), ("multipage", "frames"), ("cmyk", "colours"), ("16bit", "colours"),
+    ("profile_ignored", "colours"), ("gps", "metadata"), ("metadata_damaged", "metadata"),
+])
+def test_unusual_files_are_flagged_with_what_was_done(note: str, check: str):
+    facts = replace(good(), notes=(note,))
+    assert failed(facts) == {check: "flag"}
+    recorded = ("transparent", "rotated", "palette", "profile")
+    assert failed(replace(facts, notes=recorded)) == {}
+
+
+# Rules for one caption
+
+@pytest.mark.parametrize(("caption", "expected"), [
+    ("cat", {}), ("", {"caption_empty": "reject", "caption_short": "flag"}),
+    (" \n", {"caption_empty": "reject", "caption_short": "flag"}),
+])
+def test_a_caption_must_say_something(caption: str, expected: dict[str, str]):
+    assert failed(good(), caption) == expected
+
+
+def test_a_short_caption_is_flagged_when_the_recipe_asks_for_more_words():
+    rules = check_rules(CurationConfig(min_caption_words=3), training_size=512)
+    assert failed(good(), "red bicycle", rules) == {"caption_short": "flag"}
+    assert failed(good(), "a red bicycle", rules) == {}
+
+
+def test_tokens_are_counted_by_the_training_tokenizer():
+    rules = check_rules(CurationConfig(), training_size=512, count_tokens=len, max_tokens=20)
+    [verdict] = [v for v in judge(good(), "x" * 21, rules) if v.check == "caption_tokens"]
+    assert verdict == Verdict("caption_tokens", 21, 20, "flag", "The caption has 21 tokens, the text encoder reads 20.")
+    assert failed(good(), "x" * 20, rules) == {}
+
+
+def test_a_verdict_says_the_score_and_the_threshold():
+    verdicts = {verdict.check: verdict for verdict in judge(facts_of(photo(size=(700, 100))), "x", RULES)}
+    assert verdicts["tiny"] == Verdict("tiny", 100, 200, "reject",
+                                       "The shorter side has 100 px, at least 200 are needed.")
+    assert verdicts["aspect"].reason == "700 x 100 px is 7.00 to 1, at most 3 to 1 is used."
+
+
+# Rules for the whole set
+
+def test_the_least_sharp_photographs_of_a_set_are_flagged_and_drawings_never():
+    facts = [facts_of(photo(seed, size=(80, 80), blur=6 if seed in (3, 40) else 0)) for seed in range(100)]
+    flagged = {i for i, verdicts in enumerate(judge_set(facts, "photo")) for v in verdicts if v.check == "blur"}
+    assert flagged == {3, 40}
+    assert not any(v.check == "blur" for verdicts in judge_set(facts, "drawing") for v in verdicts)
+    assert judge_set(facts[:49], "photo") == [[]] * 49
+
+
+def test_an_image_far_from_its_sets_brightness_is_flagged():
+    usual = facts_of(photo(size=(80, 80)))
+    g = np.random.default_rng(0)
+    facts = [replace(usual, brightness=(0, 0, value, 1, 1)) for value in (0.5 + 0.02 * g.normal(size=60)).tolist()]
+    facts[7] = replace(usual, brightness=(0, 0, 0.9, 1, 1))
+    flagged = [i for i, verdicts in enumerate(judge_set(facts, "drawing")) if verdicts]
+    assert flagged == [7]
+
+
+def test_the_share_of_identical_captions_is_judged_after_normalising():
+    assert judge_captions(["a cat", "A  Cat", "a dog", "a cow", "a hen"]).score == pytest.approx(0.4)
+    assert judge_captions(["a cat", "A  Cat", "a dog"]).decision == "flag"
+    assert judge_captions([f"caption {i}" for i in range(9)] + ["caption 0"]).decision == "keep"
+    assert judge_captions([]).decision == "keep"
+
+
+def test_photographs_and_drawings_are_told_apart_by_their_colours():
+    icons = []
+    for colour in ("red", "orange", "green"):
+        icon = Image.new("RGB", (64, 64), "white")
+        icon.paste(colour, (10, 10, 50, 50))
+        icons.append(facts_of(icon))
+    assert profile_of(icons) == "drawing"
+    assert profile_of([facts_of(photo(seed, size=(80, 80))) for seed in range(5)]) == "photo"

@@ -1,0 +1,146 @@
+"""Stale caches are impossible: exactly what changed is encoded again, and going back costs nothing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from components.latents.encoding import ShardReader, encode_missing, locate, pixels_of
+from components.latents.keys import (
+    Item,
+    caption_item,
+    pixel_encoder_key,
+    prompt_encoder_key,
+    sample_item,
+    training_buckets,
+)
+from tests.chain import Chain
+
+PICTURES = 60
+CAPTIONS = 60 + 1  # and the null prompt
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return Chain.build(tmp_path)
+
+
+def counts(chain: Chain, *overrides: str) -> tuple[int, int]:
+    """(pictures, captions) that a run of the caching stage encodes."""
+    facts = chain.cache(chain.recipe(*overrides)).facts
+    return facts["encoded_images"], facts["encoded_captions"]
+
+
+def test_everything_is_encoded_once_and_then_never_again(chain: Chain):
+    assert counts(chain) == (PICTURES, CAPTIONS)
+    assert counts(chain) == (0, 0)
+
+
+def test_one_picture_changed_in_place_with_its_times_set_back_is_encoded_again_and_reverting_reuses(chain: Chain):
+    counts(chain)
+    path = chain.pictures / "disc-red.png"
+    before, original = path.stat(), path.read_bytes()
+    image = Image.open(path).convert("RGB")
+    image.putpixel((16, 16), (255, 254, 255))
+    image.save(path)
+    changed = path.read_bytes()
+    path.write_bytes(changed + b"\0" * max(0, len(original) - len(changed)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert counts(chain) == (1, 0)
+    path.write_bytes(original)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert counts(chain) == (0, 0)
+
+
+def test_one_caption_changed_costs_one_embedding_and_reverting_none(chain: Chain):
+    counts(chain)
+    table = chain.pictures / "metadata.jsonl"
+    original = table.read_text()
+    rows = [json.loads(line) for line in original.splitlines()]
+    rows[0]["text"] = "a disc as red as a fire engine"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert counts(chain) == (0, 1)
+    table.write_text(original)
+    assert counts(chain) == (0, 0)
+
+
+def test_other_vae_weights_encode_every_picture_again_and_the_old_ones_reuse(chain: Chain):
+    counts(chain)
+    weights = chain.base_path / "vae"
+    vae = AutoencoderKL.from_pretrained(weights)
+    original = {path.name: path.read_bytes() for path in weights.iterdir()}
+    with torch.no_grad():
+        next(vae.encoder.parameters()).add_(1e-3)
+    vae.save_pretrained(weights)
+    assert counts(chain) == (PICTURES, 0)
+    for name, data in original.items():
+        (weights / name).write_bytes(data)
+    assert counts(chain) == (0, 0)
+
+
+def test_another_resolution_encodes_every_picture_again_and_the_old_one_reuses(chain: Chain):
+    counts(chain)
+    assert counts(chain, "training.resolution=16") == (PICTURES, 0)
+    assert counts(chain) == (0, 0)
+
+
+def test_a_damaged_shard_is_noticed_and_its_items_are_encoded_again(chain: Chain):
+    product = chain.cache(chain.recipe())
+    rows, base = chain.curate(chain.recipe()), chain.base()
+    place = locate(chain.bench.catalog, pixel_encoder_key(base), [sample_item(rows[0], sizes(chain)).key])
+    ((shard, _),) = place.values()
+    path = chain.bench.store.path(shard)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert counts(chain) == (PICTURES, 0)
+    assert chain.cache(chain.recipe()).outputs == product.outputs
+
+
+def sizes(chain: Chain):
+    return training_buckets(chain.base(), 32)
+
+
+def test_cached_latents_and_embeddings_are_what_the_stock_pipeline_makes(chain: Chain):
+    chain.cache(chain.recipe())
+    rows, base = chain.curate(chain.recipe())[:3], chain.base()
+    pipeline = base.architecture.load_pipeline(base.path, "cpu", torch.float32)
+    items = [sample_item(row, sizes(chain)) for row in rows]
+    keys = [item.key for item in items]
+    cached = ShardReader(chain.bench.store, locate(chain.bench.catalog, pixel_encoder_key(base), keys))(keys)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pixels_of(chain.bench.store, items)).latent_dist
+    torch.testing.assert_close(cached["mean"].float(), posterior.mean, atol=2e-3, rtol=2e-3)  # stored in float16
+    captions = [caption_item(row.text).key for row in rows]
+    embeds = ShardReader(chain.bench.store, locate(chain.bench.catalog, prompt_encoder_key(base), captions))(captions)
+    stock, _ = pipeline.encode_prompt([row.text for row in rows], "cpu", 1, False)
+    torch.testing.assert_close(embeds["prompt_embeds"], stock, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_read_by_sample_whatever_order_they_are_asked_in(chain: Chain):
+    chain.cache(chain.recipe())
+    rows, base = chain.curate(chain.recipe()), chain.base()
+    keys = [sample_item(row, sizes(chain)).key for row in rows]
+    reader = ShardReader(chain.bench.store, locate(chain.bench.catalog, pixel_encoder_key(base), keys))
+    forward, backward = reader(keys)["mean"], reader(keys[::-1])["mean"]
+    assert torch.equal(forward, backward.flip(0))
+
+
+def test_bits_depend_neither_on_the_order_nor_on_the_company_in_which_an_item_is_encoded(chain: Chain):
+    chain.cache(chain.recipe())
+    rows, base = chain.curate(chain.recipe()), chain.base()
+    encoder = base.architecture.load_pixel_encoder(base.path, "cpu")
+    items = [sample_item(row, sizes(chain)) for row in rows[:11]]
+
+    def encoded(name: str, order: list[Item]) -> torch.Tensor:
+        encode_missing(chain.bench, name, order, lambda batch: encoder.encode(pixels_of(chain.bench.store, batch)), lambda _: None)
+        keys = [item.key for item in items]
+        return ShardReader(chain.bench.store, locate(chain.bench.catalog, name, keys))(keys)["mean"]
+
+    whole = encoded("whole", items)
+    encode_missing(chain.bench, "parts", items[7:9], lambda b: encoder.encode(pixels_of(chain.bench.store, b)), lambda _: None)
+    assert torch.equal(encoded("parts", items[::-1]), whole)
