@@ -77,6 +77,11 @@ def address(page: str, **query: str | int | None) -> str:
     return f"/{page}" + (f"?{urlencode(given)}" if given else "")
 
 
+def version_name(dataset: str, version: int) -> str:
+    """A dataset's version as it stands in selectors and in the address bar."""
+    return f"{dataset} v{version}"
+
+
 def whole(text: str | None, otherwise: int) -> int:
     """A whole number from the address bar, or `otherwise`."""
     return int(text) if text and text.isascii() and text.isdigit() and len(text) < 10 else otherwise

@@ -29,6 +29,10 @@ function picture(src, src2x, alt) {
   return image;
 }
 
+function drawRelated({ src, alt, note }) {
+  return el("div", { className: "related" }, picture(src, null, alt), el("span", { textContent: note }));
+}
+
 // reviews on their way to the server --------------------------------------------------------------------------------
 
 const outbox = {
@@ -107,7 +111,7 @@ class View {
     this.root = el("div", { className: "gallery" });
     this.tools = el("div", { className: "tools" });
     this.body = el("div", { className: "body" });
-    this.box = el("dialog", { className: "box" });
+    this.box = el("dialog", { className: "box", tabIndex: -1, autofocus: true });
     this.box.addEventListener("close", () => { this.unflip(); this.cards.get(this.at)?.cell.focus(); });
     this.box.addEventListener("click", (event) => { if (event.target === this.box) this.box.close(); });
     this.root.append(this.tools, this.body, this.box);
@@ -169,8 +173,8 @@ class View {
       const shown = columns.filter((column) => row.cells[column.key]);
       this.lines.push(shown.map((column) => row.cells[column.key].id));
       return el("div", { className: "line", role: "row" },
-        el("div", { className: "prompt", role: "rowheader" }, el("span", { textContent: row.title }),
-          el("small", { textContent: row.note })),
+        el("div", { className: "prompt", role: "rowheader" }, el("span", { textContent: row.title, title: row.title }),
+          el("small", { textContent: row.note }), ...(row.related ?? []).map(drawRelated)),
         ...columns.map((column) => row.cells[column.key]
           ? this.drawCell(row.cells[column.key])
           : el("div", { className: "missing", role: "gridcell", textContent: "not drawn" })));
@@ -294,7 +298,7 @@ class View {
     this.at = id;
     this.rove();
     const partner = this.cards.get(this.cards.get(id).card.flip)?.card;
-    if (partner) new Image().src = partner.src; // so that the first flip is instant
+    if (partner?.src) new Image().src = partner.src; // so that the first flip is instant
   }
 
   rove() {
@@ -357,21 +361,17 @@ class View {
     const { card, cell } = this.cards.get(this.at);
     const partner = this.cards.get(card.flip)?.card;
     const figure = this.box.open ? this.box.querySelector("figure") : cell.querySelector("figure");
-    const image = figure?.querySelector("img");
-    if (!partner || !image || this.flipped) return;
-    this.flipped = { image, src: image.src, srcset: image.srcset, figure };
-    image.srcset = "";
-    image.src = this.box.open ? partner.src2x : partner.src;
-    figure.classList.add("turned");
+    if (!partner?.src || !figure || this.flipped) return;
+    const over = el("img", { className: "over", alt: partner.alt, src: this.box.open ? partner.src2x : partner.src });
+    this.flipped = { figure, over };
     figure.querySelector(".flipped").textContent = partner.role;
+    const turn = () => { if (this.flipped?.over === over) { figure.append(over); figure.classList.add("turned"); } };
+    over.complete ? turn() : over.addEventListener("load", turn); // never the new label over the old picture
   }
 
   unflip() {
-    if (!this.flipped) return;
-    const { image, src, srcset, figure } = this.flipped;
-    image.src = src;
-    image.srcset = srcset;
-    figure.classList.remove("turned");
+    this.flipped?.figure.classList.remove("turned");
+    this.flipped?.over.remove();
     this.flipped = null;
   }
 
@@ -385,6 +385,8 @@ class View {
   fillBox() {
     this.unflip();
     const { card } = this.cards.get(this.at);
+    const partner = this.cards.get(card.flip)?.card;
+    if (partner?.src2x) new Image().src = partner.src2x;
     const line = this.lines.find((ids) => ids.includes(this.at)) ?? [];
     const figure = el("figure", {}, card.src ? picture(card.src2x ?? card.src, null, card.alt) : null,
       el("span", { className: "flipped", textContent: "" }), el("span", { className: "role", textContent: card.role ?? "" }));
@@ -394,8 +396,7 @@ class View {
       return el("button", { type: "button", "aria-pressed": String(id === this.at), onclick: () => { this.at = id; this.rove(); this.fillBox(); } },
         picture(other.src, null, ""), el("span", { textContent: other.role }));
     }));
-    const hold = !this.cards.has(card.flip) ? null : el("button", { type: "button", className: "hold",
-      textContent: `hold to see ${this.cards.get(card.flip).card.role}`,
+    const hold = !partner ? null : el("button", { type: "button", className: "hold", textContent: `hold to see ${partner.role}`,
       onpointerdown: () => this.flip(), onpointerup: () => this.unflip(), onpointerleave: () => this.unflip() });
     const step = (text, label, right, down) => el("button", { type: "button", textContent: text, title: label,
       "aria-label": label, disabled: !this.neighbour(right, down), onclick: () => this.move(right, down) });
@@ -409,8 +410,7 @@ class View {
         el("h3", { textContent: card.title }), this.drawTags(card),
         card.standing ? this.drawReview(card) : null,
         el("dl", {}, ...(card.facts ?? []).flatMap(([name, value]) => [el("dt", { textContent: name }), el("dd", { textContent: value })])),
-        ...(card.related ?? []).map((other) => el("div", { className: "related" }, picture(other.src, null, other.alt),
-          el("span", { textContent: other.note }))),
+        ...(card.related ?? []).map(drawRelated),
         card.standing ? this.drawComments(card) : null));
     this.box.setAttribute("aria-label", card.alt);
     this.refresh(card.id);

@@ -43,12 +43,12 @@ def _row(desk: Desk, row: BoardRow) -> dict[str, Any]:
     flips = {"candidate": ids.get("base"), "champion": ids.get("base"), "base": ids.get("candidate")}
     return {
         "title": row.prompt, "note": f"#{row.prompt_index + 1} · seed {row.seed}",
+        "related": _related(desk, row.shots["candidate"]) if "candidate" in row.shots else [],
         "cells": {role: _shot(desk, shot, ids[role], flips.get(role)) for role, shot in row.shots.items()},
     }
 
 
 def _shot(desk: Desk, shot: Shot, card_id: str, flip: str | None) -> dict[str, Any]:
-    near, similarity = shot.metrics.get("nearest"), shot.metrics.get("similarity")
     rank = shot.metrics.get("prompt_rank")
     facts = [("role", shot.role), ("seed", str(shot.seed))]
     facts += [("step", str(shot.step))] if shot.step else []
@@ -56,17 +56,21 @@ def _shot(desk: Desk, shot: Shot, card_id: str, flip: str | None) -> dict[str, A
     facts += [(name.replace("_", " "), str(number(float(value)))) for name, value in shot.metrics.items()
               if name not in ("nearest", "similarity", "prompt_rank") and isinstance(value, int | float)]
     facts += [("picture", shot.image_sha256[:12])]
-    related = []
-    if isinstance(near, str) and len(near) == 64:
-        closeness = f", similarity {similarity:.2f}" if isinstance(similarity, int | float) else ""
-        related = [{"src": desk.thumb(near), "alt": "nearest training picture",
-                    "note": f"nearest training picture{closeness}"}]
     return {
         "id": card_id, "generation": shot.id, "role": shot.role, "title": shot.prompt,
         "alt": f"{shot.role}: {shot.prompt}", "src": desk.thumb(shot.image_sha256),
-        "src2x": desk.thumb(shot.image_sha256, 512), "flip": flip, "facts": facts, "related": related,
-        "tags": [["near copy", "bad"]] if shot.metrics.get("copy") else [], "standing": _standing(shot.standing),
+        "src2x": desk.thumb(shot.image_sha256, 512), "flip": flip, "facts": facts,
+        "related": _related(desk, shot), "tags": [["near copy", "bad"]] if shot.metrics.get("copy") else [], "standing": _standing(shot.standing),
     }
+
+
+def _related(desk: Desk, shot: Shot) -> list[dict[str, Any]]:
+    """The training picture that a generation resembles most."""
+    near, similarity = shot.metrics.get("nearest"), shot.metrics.get("similarity")
+    if not isinstance(near, str) or len(near) != 64:
+        return []
+    closeness = f", similarity {similarity:.2f}" if isinstance(similarity, int | float) else ""
+    return [{"src": desk.thumb(near), "alt": "nearest training picture", "note": f"nearest training picture{closeness}"}]
 
 
 def _item(desk: Desk, item: ItemRow, verdicts: Sequence[VerdictRow]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import streamlit as st
 
 from dashboard.desk import mending
 from dashboard.markup import stylesheet
-from dashboard.pages import compare, datasets, home, models, runs
+from dashboard.views import compare, datasets, home, models, runs
 
 st.set_page_config(page_title="Safelight", page_icon="🔴", layout="wide", initial_sidebar_state="collapsed",
                    menu_items={"About": "Safelight: from a folder of pictures to a reviewed image model."})

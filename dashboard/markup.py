@@ -32,8 +32,8 @@ def stylesheet() -> None:
     st.html(STYLE)
 
 
-def title(text: str, under: str | Markup = "") -> Markup:
-    return Markup('<header class="sl-title"><h1>{}</h1><p>{}</p></header>').format(text, under)
+def title(text: str, under: str | Markup = "", aside: str | Markup = "") -> Markup:
+    return Markup('<header class="sl-title"><h1>{}</h1><p>{}</p>{}</header>').format(text, under, aside)
 
 
 def section(text: str, note: str | Markup = "") -> Markup:
@@ -43,7 +43,7 @@ def section(text: str, note: str | Markup = "") -> Markup:
 def notice(tone: str, heading: str, body: str | Markup, *commands: str) -> Markup:
     """A written state. `commands` are shown as lines to type."""
     lines = Markup("").join(Markup("<code>{}</code>").format(command) for command in commands if command)
-    return Markup('<div class="sl-notice sl-{}" role="status"><strong>{}</strong><p>{}</p>{}</div>').format(
+    return Markup('<div class="sl-notice sl-{}" role="status"><div><strong>{}</strong><p>{}</p></div>{}</div>').format(
         tone, heading, body, Markup('<div class="sl-commands">{}</div>').format(lines) if lines else "")
 
 

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from typer.exceptions import TyperException
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from components.config import Recipe
     from components.stages import Bench
     from flows.console import Reporter
+    from flows.retrain import UpTo
+    from flows.services import Services
 
 SCHEMA = 1
 INTERRUPTED, TERMINATED = 130, 143
+PREFECT_CONSOLE = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 STOP_PATIENCE_S = 60.0
 EXIT_CODES = {"stopped": TERMINATED, "completed": 0}
+_facts: dict[str, str] = {}  # what the document of a failed command says beside its error: the run's uid
 
 app = typer.Typer(
     name="safelight",
@@ -39,6 +43,7 @@ app = typer.Typer(
     " reviewed and registered image model, again and again, on a schedule.",
 )
 
+Layout = Literal["diffusers", "kohya"]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, TOML.")]
 DataFolder = Annotated[
@@ -65,8 +70,7 @@ def demo(as_json: AsJson = False) -> None:
         bench = _open_bench()
         folder = write_pictures(bench.workspace, reporter.say)
         recipe = _read_recipe(RECIPE, data=folder)
-        running = services.up(bench.workspace, progress=reporter.say)
-        services.adopt_environment(bench.workspace, running)
+        _adopt(bench, services.up(bench.workspace, progress=reporter.say))
         _retrain(reporter, recipe)
 
 
@@ -425,21 +429,20 @@ def generate(
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    layout: Annotated[list[str] | None, typer.Option(help="diffusers or kohya; default both.")] = None,
+    layout: Annotated[list[Layout] | None, typer.Option(help="May be repeated; default both.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a registered adapter as files that other programs load."""
     with _reporter(as_json) as reporter:
         from flows import showing
 
-        layouts = layout or ["diffusers", "kohya"]
-        if unknown := sorted(set(layouts) - {"diffusers", "kohya"}):
-            raise BadInput(f"--layout {unknown[0]}: expected diffusers or kohya")
         bench = _open_bench()
         version = showing.find_version(bench, model)
         from components.training.export import export_adapter
 
-        exported = export_adapter(bench, version.adapter_sha256, out, layouts=tuple(layouts), run_uid=version.run_uid)
+        exported = export_adapter(
+            bench, version.adapter_sha256, out, layouts=tuple(layout or get_args(Layout)), run_uid=version.run_uid
+        )
         files = {name: str(path) for name, path in exported.files.items()}
         reporter.finish(
             {
@@ -476,8 +479,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:  # noqa: PLR0911
+    _facts.clear()
     try:
         code = app(arguments, prog_name="safelight", standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TyperException as error:
         return _fail(arguments, error.format_message(), error.exit_code)
@@ -505,7 +511,7 @@ def _fail(arguments: list[str], message: str, code: int, outcome: str = "failed"
     if "--json" in arguments:
         from flows.console import write_document
 
-        write_document({"schema": SCHEMA, "status": outcome, "error": line})
+        write_document({"schema": SCHEMA, "status": outcome, "error": line} | _facts)
     print(f"error: {line}", file=sys.stderr)
     return code
 
@@ -538,11 +544,18 @@ def _open_bench() -> "Bench":
 
 
 def _serve(bench: "Bench", reporter: "Reporter") -> None:
-    """Start what runs need and put its addresses into the environment, before Prefect or MLflow are imported."""
+    """Start what runs need and adopt its addresses."""
     from flows import services
 
-    running = services.ensure_up(bench.workspace, ("prefect", "mlflow"), reporter.say)
+    _adopt(bench, services.ensure_up(bench.workspace, ("prefect", "mlflow"), reporter.say))
+
+
+def _adopt(bench: "Bench", running: "Services") -> None:
+    """Put the services' addresses into the environment, before Prefect or MLflow are imported."""
+    from flows import services
+
     services.adopt_environment(bench.workspace, running)
+    os.environ.setdefault(PREFECT_CONSOLE, "CRITICAL")  # what Prefect logs is on its page; here a command speaks
 
 
 def _read_recipe(path: Path, overrides: Sequence[str] | None = None, data: Path | None = None) -> "Recipe":
@@ -553,23 +566,28 @@ def _read_recipe(path: Path, overrides: Sequence[str] | None = None, data: Path 
     return load_recipe(path, overrides=overrides or (), data=data)
 
 
-def _run_recipe(upto: str, path: Path, data: Path | None, overrides: Sequence[str] | None, as_json: bool) -> None:
+def _run_recipe(upto: "UpTo", path: Path, data: Path | None, overrides: Sequence[str] | None, as_json: bool) -> None:
     with _reporter(as_json) as reporter:
         recipe = _read_recipe(path, overrides, data)
         _serve(_open_bench(), reporter)
         _retrain(reporter, recipe, upto=upto)
 
 
-def _retrain(reporter: "Reporter", recipe: "Recipe", upto: str = "register") -> None:
+def _retrain(reporter: "Reporter", recipe: "Recipe", upto: "UpTo" = "register") -> None:
     from flows.console import show_card
     from flows.retrain import retrain_recipe
 
-    card = retrain_recipe(recipe, upto=upto, on_event=reporter.event)
+    def relay(event: dict[str, Any]) -> None:
+        if event["event"] == "run":
+            _facts["run_uid"] = event["run_uid"]
+        reporter.event(event)
+
+    card = retrain_recipe(recipe, upto=upto, on_event=relay)
     reporter.finish(card, lambda: show_card(reporter, card))
     raise typer.Exit(EXIT_CODES.get(card["status"], StageFailed.exit_code))
 
 
-def _addresses(running: Any) -> dict[str, str]:
+def _addresses(running: "Services") -> dict[str, str]:
     return {"dashboard": running.dashboard_url, "mlflow": running.mlflow_url, "prefect": running.prefect_url}
 
 

@@ -92,9 +92,9 @@ def store_schedule(
     when_new: int | None = None,
 ) -> ScheduleEntry:
     """Keep a schedule for `recipe`, in place of the one its name had. Raises BadInput for one that never comes due."""
-    if not (cron or every or when_new):
+    if cron is None and every is None and when_new is None:
         raise BadInput('no schedule given; add --every 6h, --cron "0 3 * * *" or --when-new 50')
-    if cron:
+    if cron is not None:
         check_cron(cron)
     if when_new is not None and when_new < 1:
         raise BadInput(f"--when-new {when_new}: expected a number of pictures, 1 or more")
@@ -103,7 +103,7 @@ def store_schedule(
         recipe=recipe.model_dump(mode="json"),
         recipe_path=str(recipe_path.resolve()),
         cron=cron,
-        every_s=parse_span(every) if every else None,
+        every_s=None if every is None else parse_span(every),
         when_new=when_new,
         created_at=datetime.now(UTC).isoformat(),
     )
@@ -277,11 +277,12 @@ class Deployments:
         from prefect.client.schemas.objects import StateType
         from prefect.states import Cancelled
 
+        a_minute_ago = datetime.now(UTC) - timedelta(seconds=60)
         missed = await self.client.read_flow_runs(
             deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["safelight"])),
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-                expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) - timedelta(seconds=60)),
+                expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": a_minute_ago}),
             ),
         )
         for run in missed:
@@ -304,7 +305,8 @@ class Deployments:
     def _deployment(self, entry: ScheduleEntry) -> Any:
         from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
         from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
-        from prefect.deployments.runner import EntrypointType, RunnerDeployment
+        from prefect.deployments.runner import RunnerDeployment
+        from prefect.types.entrypoint import EntrypointType
 
         due: list[Any] = [CronSchedule(cron=entry.cron)] if entry.cron else []
         due += (

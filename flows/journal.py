@@ -51,7 +51,8 @@ class Journal:
         """
         with self._lock:
             seq, t_ms = self._next, now_ms() if t_ms is None else t_ms
-            line = json.dumps({"seq": seq, "t_ms": t_ms, "kind": kind, "body": body}, ensure_ascii=False).encode() + b"\n"
+            fields = {"seq": seq, "t_ms": t_ms, "kind": kind, "body": body}
+            line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
             try:
                 written = os.pwrite(self._descriptor, line, self._end)
             except OSError as error:

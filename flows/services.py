@@ -362,8 +362,9 @@ class _Start:
             "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
         }
         variables = os.environ | environment(workspace, services) | extra
+        variables.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)  # meant for the command that starts us
         if service.name == "prefect":
-            variables = {name: value for name, value in variables.items() if name != "PREFECT_API_URL"}
+            variables.pop("PREFECT_API_URL", None)
         self.progress(f"{service.name}: starting" + (f" on port {port}" if port else ""))
         with (workspace.logs / f"{service.name}.log").open("ab") as log:
             process = subprocess.Popen(

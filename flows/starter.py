@@ -75,7 +75,7 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
 
 def _toml(value: Any) -> str:
     if value is None:
-        return '""'  # TOML knows no null; the line is a comment
+        return "…"  # TOML knows no null: leaving the key out is the default
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {_toml(entry)}" for name, entry in value.items()) + " }" if value else "{}"
     return json.dumps(value, ensure_ascii=False)

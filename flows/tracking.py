@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +73,7 @@ def tracking_url(workspace: Workspace) -> str | None:
 
 
 class Tracker:
-    """What a run tells the tracker. Every method appends to the journal and returns; none waits for MLflow but `close`."""
+    """What a run tells the tracker. Every method appends to the journal and returns; only `close` waits for MLflow."""
 
     def __init__(self, journal: Journal, sender: "Sender | None", *, every_s: float = SEND_EVERY_S):
         self._journal, self._sender = journal, sender
@@ -86,13 +86,14 @@ class Tracker:
 
         A (name, step) that was told before is skipped, so a resumed run may walk over old steps again.
         """
-        new = {name: float(value) for name, value in values.items() if value is not None and (name, step) not in self._seen}
+        new = {name: float(value) for name, value in values.items()
+               if value is not None and (name, step) not in self._seen}
         if new:
             self._seen.update((name, step) for name in new)
             self._journal.append("metrics", {"step": step, "values": new}, t_ms=t_ms)
 
     def evaluation(self, metrics: Mapping[str, Mapping[str, Any]], step: int) -> None:
-        """The evaluation's metrics as `name/candidate`, `name/base`, `name/champion`, `name/difference` (`/low`, `/high`)."""
+        """An evaluation's metrics as `name/candidate`, `name/base`, `name/difference`, `name/difference/low`..."""
         self.metrics(step, dict(_evaluation_series(metrics)))
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -131,8 +132,11 @@ class Tracker:
 
     def close(self, status: RunStatus = "completed", *, timeout_s: float = 30.0) -> bool:
         """End the run. True when MLflow has everything; a server that does not answer is given up after two seconds."""
-        self._journal.append("status", {"status": MLFLOW_STATUS[status]})
-        self._journal.close()
+        try:
+            self._journal.append("status", {"status": MLFLOW_STATUS[status]})
+            self._journal.close()
+        except (SafelightError, OSError) as error:  # a full disk has ended the run already; closing must not hide why
+            logger.warning("the end of the run could not be journaled: %s", error)
         return self._background.finish(timeout_s) if self._background else False
 
     @property
@@ -178,11 +182,12 @@ def journal_path(bench: Bench, run_uid: str) -> Path:
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """A nested document as dotted names: {"training": {"rank": 4}} gives ("training.rank", 4), lists count from 0."""
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else None
-    if pairs is None:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
         yield prefix, value
         return
-    for key, item in pairs:
+    for key, item in value.items():
         yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
 
 
@@ -229,7 +234,7 @@ class Cursor:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps({"offset": self.offset, "mlflow_run_id": self.mlflow_run_id,
                                     "experiment_id": self.experiment_id}))
-        os.replace(part, self.path)
+        part.replace(self.path)
 
 
 class Sender:
@@ -252,7 +257,8 @@ class Sender:
         try:
             with self.lock.acquire(timeout=0):
                 client = self._connect()
-                return sum(self._send(client, batch) for batch in batches(read_entries(self.journal, self.cursor.offset)))
+                unsent = read_entries(self.journal, self.cursor.offset)
+                return sum(self._send(client, batch) for batch in batches(unsent))
         except Timeout:
             return 0
         except Exception:
@@ -352,7 +358,7 @@ class Sender:
 
 
 def batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Group a journal for sending, in order: metrics, params and tags up to the limits of one request, the rest alone."""
+    """Group a journal for sending, in order: metrics, params and tags up to one request's limits, the rest alone."""
     batch: list[Entry] = []
     counts, size = dict.fromkeys(BATCH_LIMITS, 0), 0
     for entry in entries:
@@ -387,6 +393,7 @@ class _Background:
     def __init__(self, sender: Sender, every_s: float):
         self._sender, self._every_s = sender, every_s
         self._awake, self._closing = threading.Event(), threading.Event()
+        self.settled = threading.Event()  # after the first attempt, successful or not
         self._failing, self._ready = False, False
         self._thread = threading.Thread(target=self._run, name=f"mlflow {sender.run_uid}", daemon=True)
         self._thread.start()
@@ -425,6 +432,7 @@ class _Background:
                     logger.warning("MLflow at %s does not take run %s for now, the journal keeps it: %s",
                                    self._sender.url, self._sender.run_uid, _first_line(error))
                 self._failing, delay = True, min(2 * delay, RETRY_AT_MOST_EVERY_S)
+            self.settled.set()
             self._awake.wait(0.5 if closing else delay)
             self._awake.clear()
 
@@ -506,7 +514,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _experiment(client: "MlflowClient", name: str) -> "Experiment":
-    """The experiment of a recipe, created with an artifact location of its own: MLflow's default is the folder in use."""
+    """A recipe's experiment, created with an artifact location: MLflow's default is whatever folder is current."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -588,28 +596,34 @@ class RegistrationRequest:
     resolution: int
     num_inference_steps: int
     guidance_scale: float
-    params: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str]
+    metrics: dict[str, float]  # of the final checkpoint
 
 
 def register_model(bench: Bench, *, run_uid: str, name: str, base_path: Path, checkpoints: Sequence[Checkpoint],
                    final_sha256: str, resolution: int, num_inference_steps: int, guidance_scale: float,
-                   dataset: tuple[str, str] | None = None, tags: Mapping[str, Any] | None = None,
-                   params: Mapping[str, Any] | None = None, url: str | None = None, timeout_s: float = 600.0) -> Registration:
+                   metrics: Mapping[str, Mapping[str, Any]] | None = None, dataset: tuple[str, str] | None = None,
+                   tags: Mapping[str, Any] | None = None, params: Mapping[str, Any] | None = None,
+                   url: str | None = None, timeout_s: float = 600.0) -> Registration:
     """Log every checkpoint as a model of the run, register the final one and point the alias challenger at it.
 
     The work is done by a child that imports torch and dies with this process; what a killed child left is taken up,
-    not repeated. Metrics that the run's journal holds at a checkpoint's step are attached to its model.
-    `base_path` is a folder in diffusers layout, `dataset` (name, digest) of the snapshot. Raises ServiceUnavailable
-    when MLflow is away, StageFailed when the child ends otherwise.
+    not repeated. Metrics that the run's journal holds at a checkpoint's step are attached to its model, and `metrics`,
+    an evaluation's document, to the final one. `base_path` is a folder in diffusers layout, `dataset` (name, digest) of
+    the snapshot; tags without a dot get the prefix `safelight.`. Raises ServiceUnavailable when MLflow is away,
+    StageFailed when the child ends otherwise.
     """
     request = RegistrationRequest(
         home=str(bench.workspace.home), url=_known(bench.workspace, url), run_uid=run_uid, name=name,
         base_path=str(Path(base_path).resolve()), checkpoints=[asdict(checkpoint) for checkpoint in checkpoints],
         final_sha256=final_sha256, dataset=dataset, resolution=resolution, num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale, tags={key: str(value) for key, value in (tags or {}).items() if value is not None},
-        params={key: str(value) for key, value in (params or {}).items()})
+        guidance_scale=guidance_scale, params={key: str(value) for key, value in (params or {}).items()},
+        tags={key if "." in key else f"safelight.{key}": str(value) for key, value in (tags or {}).items()
+              if value is not None},
+        metrics={key: value for key, value in _evaluation_series(metrics or {}) if value is not None})
     answer = _run_child(asdict(request), timeout_s)
-    registration = Registration(**answer | {"model_ids": {int(step): id_ for step, id_ in answer["model_ids"].items()}})
+    answer["model_ids"] = {int(step): model_id for step, model_id in answer["model_ids"].items()}
+    registration = Registration(**answer)
     mirror_versions(bench, name, url=request.url)
     return registration
 
@@ -671,12 +685,13 @@ def _register(request: RegistrationRequest) -> dict[str, Any]:
 
 def _log_checkpoint(client: "MlflowClient", bench: Bench, request: RegistrationRequest, run_id: str,
                     checkpoint: Checkpoint) -> str:
-    import mlflow.diffusers
+    from mlflow.diffusers import save_model
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.models import Model
 
     run = client.get_run(run_id)
-    identity = {RUN_TAG: request.run_uid, "safelight.adapter_sha256": checkpoint.sha256, "safelight.step": str(checkpoint.step)}
+    identity = {RUN_TAG: request.run_uid, "safelight.adapter_sha256": checkpoint.sha256,
+                "safelight.step": str(checkpoint.step)}
     condition = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_logged_models([run.info.experiment_id], condition)
     model = found[0] if found else client.create_logged_model(
@@ -687,7 +702,7 @@ def _log_checkpoint(client: "MlflowClient", bench: Bench, request: RegistrationR
         with tempfile.TemporaryDirectory() as scratch:
             weights, folder = Path(scratch) / "pytorch_lora_weights.safetensors", Path(scratch) / "model"
             weights.write_bytes(adapter)
-            mlflow.diffusers.save_model(
+            save_model(
                 str(weights), str(folder), base_model=request.base_path, signature=_signature(request),
                 pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in MODEL_REQUIREMENTS],
                 mlflow_model=Model(artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id,
@@ -696,22 +711,26 @@ def _log_checkpoint(client: "MlflowClient", bench: Bench, request: RegistrationR
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     if model.model_id not in {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=checkpoint.step)])
-    _attach_metrics(client, bench, request, run_id, checkpoint.step, model.model_id)
+    _attach_metrics(client, bench, request, checkpoint, model)
     return model.model_id
 
 
-def _attach_metrics(client: "MlflowClient", bench: Bench, request: RegistrationRequest, run_id: str, step: int,
-                    model_id: str) -> None:
-    """The run's own points at this step, with their own times: MLflow keeps one copy in the series, one at the model."""
+def _attach_metrics(client: "MlflowClient", bench: Bench, request: RegistrationRequest, checkpoint: Checkpoint,
+                    model: Any) -> None:
+    """The run's own points at this step with their own times: MLflow keeps one copy in the series, one at the model."""
     from mlflow.entities import Metric
 
     name, digest = request.dataset or (None, None)
-    points = [Metric(key, value, entry.t_ms, step, model_id=model_id, dataset_name=name,
-                     dataset_digest=digest[:32] if digest else None, run_id=run_id)
-              for entry in read_entries(journal_path(bench, request.run_uid))
-              if entry.kind == "metrics" and entry.body["step"] == step for key, value in entry.body["values"].items()]
+    points = {key: (value, entry.t_ms) for entry in read_entries(journal_path(bench, request.run_uid))
+              if entry.kind == "metrics" and entry.body["step"] == checkpoint.step
+              for key, value in entry.body["values"].items()}
+    if checkpoint.sha256 == request.final_sha256:
+        points = {key: (value, model.creation_timestamp) for key, value in request.metrics.items()} | points
     if points:
-        client.log_batch(run_id, metrics=points[:BATCH_LIMITS["metrics"]])
+        client.log_batch(model.source_run_id, metrics=[
+            Metric(key, value, t_ms, checkpoint.step, model_id=model.model_id, dataset_name=name,
+                   dataset_digest=digest[:32] if digest else None, run_id=model.source_run_id)
+            for key, (value, t_ms) in list(points.items())[:BATCH_ENTITIES]])
 
 
 def _signature(request: RegistrationRequest) -> Any:

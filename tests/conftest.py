@@ -11,10 +11,16 @@ for name in [name for name in os.environ if name.startswith(("SAFELIGHT_", "PREF
     del os.environ[name]
 _elsewhere = tempfile.TemporaryDirectory(prefix="safelight-tests-")
 os.environ |= {
-    "SAFELIGHT_HOME": f"{_elsewhere.name}/home", "PREFECT_HOME": f"{_elsewhere.name}/prefect",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-    "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
-    "DIFFUSERS_DISABLE_REMOTE_CODE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "SAFELIGHT_HOME": f"{_elsewhere.name}/home",
+    "PREFECT_HOME": f"{_elsewhere.name}/prefect",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
 }
 
 import pytest  # noqa: E402
@@ -51,7 +57,7 @@ def bench(workspace: Workspace) -> Iterator[Bench]:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Real Prefect and MLflow servers. Started once, since a start takes half a minute; names must not clash in there."""
+    """Real Prefect and MLflow servers, started once since that takes half a minute; names must not clash in there."""
     workspace = Workspace(tmp_path_factory.mktemp("served") / "home").create()
     bench = Bench.open(workspace)
     bench.catalog.migrate()

@@ -88,7 +88,7 @@ def evaluations(catalog: Catalog, *, limit: int = 50) -> tuple[EvaluationHead, .
     drawn = select(Generation.id).where(Generation.evaluation_key == Evaluation.key).exists()
     query = _heads().where(drawn).order_by(Evaluation.created_at.desc(), Evaluation.key).limit(limit)
     with catalog.read() as session:
-        return tuple(_head(*row) for row in session.execute(query).tuples())
+        return tuple(_head(*row) for row in session.execute(query))
 
 
 def evaluation_of_run(catalog: Catalog, run_uid: str) -> str | None:
@@ -100,7 +100,7 @@ def evaluation_of_run(catalog: Catalog, run_uid: str) -> str | None:
 def evaluation_detail(catalog: Catalog, key: str) -> EvaluationDetail | None:
     """One evaluation, or None when the catalog holds no such key."""
     with catalog.read() as session:
-        row = session.execute(_heads().where(Evaluation.key == key)).tuples().first()
+        row = session.execute(_heads().where(Evaluation.key == key)).first()
         if row is None:
             return None
         evaluation = row[0]
@@ -145,11 +145,11 @@ def _head(evaluation: Evaluation, name: str | None) -> EvaluationHead:
 
 def _axes(session: Session, key: str) -> Axes:
     mine = Generation.evaluation_key == key
-    found = session.execute(select(Generation.role, Generation.step).where(mine).distinct()).tuples().all()
+    found = session.execute(select(Generation.role, Generation.step).where(mine).distinct()).all()
     roles, champion_steps = {role for role, _ in found}, [step for role, step in found if role == "champion"]
     per_prompt = (select(func.count(Generation.seed.distinct()).label("takes")).where(mine)
                   .group_by(Generation.prompt_index).subquery())
-    takes, prompts = session.execute(select(func.max(per_prompt.c.takes), func.count())).tuples().one()
+    takes, prompts = session.execute(select(func.max(per_prompt.c.takes), func.count())).one()
     return Axes(tuple(role for role in ROLES if role in roles),
                 tuple(sorted(step for role, step in found if role == "candidate")), takes or 0, prompts,
                 champion_steps[0] if champion_steps else None)

@@ -235,7 +235,7 @@ def waiting(catalog: Catalog) -> tuple[Waiting, ...]:
     """Challengers without a decision, newest first."""
     with catalog.read() as session:
         versions = [version for version in session.scalars(_newest_versions()) if "challenger" in version.aliases]
-        decided = set(session.execute(select(Promotion.name, Promotion.version)).tuples())
+        decided = {(name, version) for name, version in session.execute(select(Promotion.name, Promotion.version))}
         versions = [version for version in versions if (version.name, version.version) not in decided]
         keys = [version.evaluation_key for version in versions]
         evaluations = _evaluations(session, keys)
@@ -259,7 +259,7 @@ def model_cards(catalog: Catalog, name: str, *, below: int | None = None, limit:
         keys = [version.evaluation_key for version in versions]
         evaluations, thumbs = _evaluations(session, keys), _thumbs(session, keys)
         cards = dict(session.execute(
-            select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))).tuples().all())
+            select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))).all())
     return tuple(
         ModelCard(v.name, v.version, tuple(map(str, v.aliases)), v.run_uid, v.evaluation_key, v.adapter_sha256,
                   v.mlflow_uri, v.created_at, _gate(evaluations.get(v.evaluation_key)),
@@ -319,7 +319,7 @@ def _live(run: Run, finished: Sequence[str]) -> LiveRun:
 def _run_rows(session: Session, runs: Sequence[Run]) -> tuple[RunRow, ...]:
     uids = [run.run_uid for run in runs]
     keys = dict(session.execute(
-        select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")).tuples().all())
+        select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")).all())
     evaluations = _evaluations(session, keys.values())
     thumbs = _thumbs(session, evaluations)
     snapshots = {s.id: s for s in session.scalars(
@@ -381,7 +381,7 @@ def _waiting(session: Session, version: ModelVersion, evaluations: dict[str | No
 def _files(card: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """Paths that a run card names: the adapter, and exports where they are listed."""
     adapter = card.get("adapter")
-    named = [("adapter", adapter.get("path"))] if isinstance(adapter, dict) else []
+    named = [("adapter file", adapter.get("path"))] if isinstance(adapter, dict) else []
     exports = card.get("exports")
     named += list(exports.items()) if isinstance(exports, dict) else []
     return tuple((str(what), str(path)) for what, path in named if path)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 
 from components.errors import BadInput
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # no decoder outside this list is ever started
-MAX_PIXELS = 64_000_000     # refused from the header; with alpha and a copy this stays below 1 GB of memory
+MAX_PIXELS = 64_000_000     # refused from the header; decoding and checking the largest takes below 1 GB of memory
+STRIP_ROWS = 512            # hashed at a time
 WHITE = (255, 255, 255)
 
 warnings.filterwarnings("ignore", module=r"PIL\.")   # what Pillow says of odd files is said in notes and reasons
@@ -99,7 +100,8 @@ def read_image(data: bytes, background: tuple[int, int, int] = WHITE, *, max_pix
 def rgb_digest(image: Image.Image) -> str:
     """sha256 of an RGB image's size and pixels, hex: equal for the same picture in another container."""
     digest = hashlib.sha256(f"{image.width}x{image.height} RGB\n".encode())
-    digest.update(image.tobytes())
+    for top in range(0, image.height, STRIP_ROWS):
+        digest.update(image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height))).tobytes())
     return digest.hexdigest()
 
 
@@ -136,28 +138,25 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image
     if image.mode == "F":
         raise UnreadableImage("floating-point pixels have no agreed range; save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
-        upper = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        upper = np.asarray(image).clip(0, 65535) >> 8
         return Image.fromarray(upper.astype(np.uint8)).convert("RGB"), []
     notes = [note for mode, note in (("P", "palette"), ("PA", "palette"), ("CMYK", "cmyk")) if image.mode == mode]
     alpha = None
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = rgba.getchannel("A")
         colours = rgba.convert("RGB")
-        if alpha.getextrema() == (255, 255):
-            alpha = None
     else:
-        colours = image if image.mode in _COLOUR_SPACES else image.convert("RGB")
+        colours = image.copy() if image.mode in _COLOUR_SPACES else image.convert("RGB")
     rgb, profile_notes = _to_srgb(colours, image.info.get("icc_profile"))
-    if alpha is None:
+    if alpha is None or alpha.getextrema() == (255, 255):
         return rgb, notes + profile_notes
-    canvas = Image.new("RGB", image.size, background)
-    canvas.paste(rgb, mask=alpha)
-    return canvas, [*notes, *profile_notes, "transparent"]
+    rgb.paste(background, (0, 0, *rgb.size), mask=ImageChops.invert(alpha))   # the background, where it shines through
+    return rgb, [*notes, *profile_notes, "transparent"]
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, list[str]]:
-    """An RGB, L or CMYK image in sRGB, always a new image."""
+    """An RGB, L or CMYK image in sRGB; the same object when nothing needs to change."""
     if icc:
         try:
             profile = ImageCms.ImageCmsProfile(BytesIO(icc))
@@ -179,7 +178,7 @@ def _colour_space(profile: ImageCms.ImageCmsProfile) -> str:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _one_line(error: Exception) -> str:

@@ -257,9 +257,12 @@ def _remember(bench: Bench, fresh: Mapping[str, Facts]) -> None:
     if not fresh:
         return
     with bench.catalog.write() as session:
-        for sha256, facts in fresh.items():
-            session.merge(ExaminedImage(sha256=sha256, version=EXAMINE_VERSION, facts=asdict(facts),
-                                        rgb_digest=facts.rgb_digest if isinstance(facts, ImageFacts) else None))
+        session.execute(delete(ExaminedImage).where(ExaminedImage.version == EXAMINE_VERSION,
+                                                    ExaminedImage.sha256.in_(fresh)))
+        session.execute(insert(ExaminedImage), [
+            {"sha256": sha256, "version": EXAMINE_VERSION, "facts": asdict(facts),
+             "rgb_digest": facts.rgb_digest if isinstance(facts, ImageFacts) else None}
+            for sha256, facts in fresh.items()])
 
 
 def _facts_from_json(body: Mapping[str, Any]) -> Facts:

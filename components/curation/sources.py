@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,7 +100,7 @@ def read_folder(source: DataSource) -> list[Item]:
     except PermissionError as error:
         raise BadInput(f"{error.filename}: not readable by this user; change its permissions") from None
     pictures = {str(name): entry for name, entry in entries if _is_picture(name)}
-    listed = _table_items(root, [name for name, _ in entries if name.name in TABLE_NAMES])
+    listed = _table_items(root, [entry for name, entry in entries if name.name in TABLE_NAMES])
     if not pictures and not listed:
         found = f"{len(entries)} files but no pictures" if entries else "nothing"
         raise BadInput(f"{root}: holds {found}; expected pictures such as .png or .jpg with captions")
@@ -142,27 +141,24 @@ def _walk(root: Path, relative: PurePosixPath,
         if entry.is_dir(follow_symlinks=False):
             if entry.name.lower() not in PEERS_CACHES:
                 yield from _walk(root, name, REPEATS.fullmatch(entry.name) or folder)
-        elif not (entry.is_symlink() and entry.is_dir()):
-            yield name, _Entry(name, root / name, _kind_problem(root, name), folder)
+        elif not Path(entry.path).is_dir():  # here a link, if it is one; False for a link to itself
+            yield name, _Entry(name, root / name, _kind_problem(root, name, entry), folder)
 
 
-def _kind_problem(root: Path, name: PurePosixPath) -> Problem | None:
+def _kind_problem(root: Path, name: PurePosixPath, entry: os.DirEntry[str]) -> Problem | None:
     """Why the file is not opened: not regular, a link out of the folder, a name that is no text. Opens nothing."""
-    path = root / name
     try:
         str(name).encode("utf-8")
     except UnicodeEncodeError:
         return Problem("file", "the file's name is not UTF-8; rename it")
-    try:
-        target = path.resolve(strict=True)
-        mode = target.stat().st_mode
-    except (OSError, RuntimeError):
-        return Problem("file", "is a link that leads nowhere; replace it by the file")
-    if not target.is_relative_to(root):
-        return Problem("file", "is a link to a file outside the folder; copy the file into it")
-    if not stat.S_ISREG(mode):
-        return Problem("file", "is not a regular file; remove it")
-    return None
+    if entry.is_symlink():
+        try:
+            target = (root / name).resolve(strict=True)
+        except (OSError, RuntimeError):
+            return Problem("file", "is a link that leads nowhere; replace it by the file")
+        if not target.is_relative_to(root):
+            return Problem("file", "is a link to a file outside the folder; copy the file into it")
+    return None if entry.is_file() else Problem("file", "is not a regular file; remove it")
 
 
 def _is_picture(name: PurePosixPath) -> bool:
@@ -219,17 +215,17 @@ class _Row:
     problem: Problem | None = None
 
 
-def _table_items(root: Path, tables: list[PurePosixPath]) -> dict[str, _Row]:
+def _table_items(root: Path, tables: list[_Entry]) -> dict[str, _Row]:
     """Rows by the file name they speak of, relative to the root. A table speaks for the folder that holds it."""
     found: dict[str, _Row] = {}
-    for folder in {table.parent for table in tables}:
-        names = sorted(table.name for table in tables if table.parent == folder)
-        if len(names) > 1:
-            raise BadInput(f"{root / folder}: has two tables, {names[0]} and {names[1]}; remove one")
-        table = folder / names[0]
-        if problem := _kind_problem(root, table):
-            raise BadInput(f"{root / table}: {problem.reason}")
-        for row in _read_table(root / table):
+    speaker: dict[PurePosixPath, PurePosixPath] = {}
+    for table in tables:
+        folder = table.name.parent
+        if table.problem:
+            raise BadInput(f"{table.path}: {table.problem.reason}")
+        if speaker.setdefault(folder, table.name) != table.name:
+            raise BadInput(f"{root / folder}: has two tables, {speaker[folder].name} and {table.name.name}; remove one")
+        for row in _read_table(table.path):
             name, problem = _contained(row.values.get("file_name"), row.where)
             key = str(folder / name) if problem is None else name
             if key in found:
@@ -255,10 +251,8 @@ def _from_table(root: Path, name: str, row: _Row, entry: _Entry | None) -> Item:
                 licence=_word(values, "licence") or _word(values, "license"), author=_word(values, "author"),
                 source=_word(values, "source"), split=_split(row))
     if item.problem is None and entry is None:
-        missing = not os.path.lexists(root / name)
-        item = replace(item, problem=Problem("file", f"{row.where}: {name!r} " + (
-            "does not exist in the folder; add the picture or remove the line" if missing else
-            "is no picture in the folder; name one, such as .png or .jpg")))
+        reason = f"{row.where}: {name!r} is not among the folder's pictures; add it or remove the line"
+        item = replace(item, problem=Problem("file", reason))
     problem = item.problem or (entry.problem if entry else None)
     if problem:
         return replace(item, path=None, problem=problem)

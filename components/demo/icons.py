@@ -8,11 +8,13 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from components.curation.duplicates import dhash, phash
 from components.errors import BadInput
@@ -99,13 +101,8 @@ def pictograms() -> list[Pictogram]:
 
 def draw_icon(glyph: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """A white glyph on a rounded square of `colour`, white outside; RGB, SIZE x SIZE. `glyph`: from `Glyphs.mask`."""
-    side = SIZE * OVERSAMPLING
-    icon = Image.new("RGB", (side, side), "white")
-    margin = MARGIN * OVERSAMPLING
-    square = (margin, margin, side - margin - 1, side - margin - 1)
-    ImageDraw.Draw(icon).rounded_rectangle(square, RADIUS * OVERSAMPLING, fill=colour)
-    icon.paste("white", (0, 0), glyph)
-    return icon.reduce(OVERSAMPLING)
+    ground = ImageChops.subtract(_rounded_square(), glyph)
+    return Image.composite(Image.new("RGB", ground.size, colour), Image.new("RGB", ground.size, "white"), ground)
 
 
 class Glyphs:
@@ -124,7 +121,7 @@ class Glyphs:
         self._masks: dict[str, Image.Image] = {}
 
     def mask(self, glyph: str) -> Image.Image:
-        """Coverage of the glyph, mode L, scaled to fit GLYPH_BOX and centred in the oversampled icon."""
+        """Coverage of the glyph, mode L, SIZE x SIZE: scaled to fit GLYPH_BOX and centred."""
         if glyph not in self._masks:
             self._masks[glyph] = self._draw(self._characters[glyph])
         return self._masks[glyph]
@@ -137,10 +134,19 @@ class Glyphs:
         mask = Image.new("L", (side, side))
         origin = ((side - left - right) / 2, (side - top - bottom) / 2)
         ImageDraw.Draw(mask).text(origin, character, fill=255, font=font)
-        return mask
+        return mask.reduce(OVERSAMPLING)
 
     def _at(self, size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(BytesIO(self._font), size)
+
+
+@cache
+def _rounded_square() -> Image.Image:
+    side, margin = SIZE * OVERSAMPLING, MARGIN * OVERSAMPLING
+    square = Image.new("L", (side, side))
+    box = (margin, margin, side - margin - 1, side - margin - 1)
+    ImageDraw.Draw(square).rounded_rectangle(box, RADIUS * OVERSAMPLING, fill=255)
+    return square.reduce(OVERSAMPLING)
 
 
 def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
@@ -155,7 +161,7 @@ def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
         by_concept.setdefault(pictogram.concept, []).append(pictogram)
     known = {word.lower() for word in known_words}
     eligible = sorted((c for c in by_concept if set(c.split()) <= known), key=_lot)
-    held_out = _without_namesakes(eligible)[:HELD_OUT_CONCEPTS]
+    held_out = list(islice(_without_namesakes(eligible), HELD_OUT_CONCEPTS))
     test = [by_concept[concept][0] for concept in held_out]
     unseen_shapes = [_shape(glyphs, pictogram) for pictogram in test]
 
@@ -216,12 +222,12 @@ def _named_after(concept: str, other: str) -> bool:
     return set(other.split()) <= set(concept.split()) or set(concept.split()) <= set(other.split())
 
 
-def _without_namesakes(concepts: list[str]) -> list[str]:
+def _without_namesakes(concepts: list[str]) -> Iterator[str]:
     kept: list[str] = []
     for concept in concepts:
         if not any(_named_after(concept, other) for other in kept):
             kept.append(concept)
-    return kept
+            yield concept
 
 
 def _shape(glyphs: Glyphs, pictogram: Pictogram) -> tuple[int, int]:

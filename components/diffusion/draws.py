@@ -20,6 +20,7 @@ class Draw:
     seed: int
     step: int
     sample_ids: tuple[str, ...]
+    earlier: tuple[str, ...] = ()  # samples of this step's batches before this one, when gradients are accumulated
 
     def normal(self, shape: Sequence[int], purpose: str = "noise") -> Tensor:
         """Standard normal numbers of `shape` (B, ...), float32 on the CPU, where B = len(sample_ids).
@@ -40,7 +41,7 @@ class Draw:
             raise ValueError(f"asked to draw for {size} samples, but the batch has {len(self.sample_ids)}")
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
-        seen: Counter[str] = Counter()
+        seen = Counter(self.earlier)
         generators = []
         for sample_id in self.sample_ids:
             key = f"{self.seed}/{self.step}/{purpose}/{sample_id}"
@@ -54,9 +55,12 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """All the randomness of a training run: `draws(step, sample_ids)` is the `Draw` of one batch."""
+    """All the randomness of a training run: `draws(step, sample_ids)` is the `Draw` of one batch.
+
+    `earlier` are the samples of the step's batches before this one; only those that come again draw differently.
+    """
 
     seed: int
 
-    def __call__(self, step: int, sample_ids: Sequence[str]) -> Draw:
-        return Draw(self.seed, step, tuple(sample_ids))
+    def __call__(self, step: int, sample_ids: Sequence[str], earlier: Sequence[str] = ()) -> Draw:
+        return Draw(self.seed, step, tuple(sample_ids), tuple(earlier))

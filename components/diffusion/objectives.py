@@ -174,9 +174,7 @@ def _prediction_type(config: Mapping[str, Any]) -> str:
         raise BaseModelError(f"scheduler {name} uses EDM preconditioning, which is not supported")
     found = config.get("prediction_type") or "epsilon"
     if found not in ("epsilon", "v_prediction", "sample", "flow_prediction"):
-        raise BaseModelError(
-            f"prediction_type is {found!r}, expected epsilon, v_prediction, sample or flow_prediction"
-        )
+        raise BaseModelError(f"prediction_type is {found!r}, expected epsilon, v_prediction, sample or flow_prediction")
     if (found == "flow_prediction") != bool(config.get("use_flow_sigmas")):
         raise BaseModelError(
             f"the scheduler config contradicts itself: prediction_type is {found!r}, "

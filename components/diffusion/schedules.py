@@ -6,6 +6,7 @@ Time convention of this package: t in [0, 1], t = 0 is data and t = 1 is noise.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def _betas(config: Mapping[str, Any], count: int) -> Tensor:
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
     if name == "squaredcos_cap_v2":
         bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-        return torch.tensor([min(1 - after / before, MAX_BETA) for before, after in zip(bar, bar[1:], strict=False)],
+        return torch.tensor([min(1 - after / before, MAX_BETA) for before, after in pairwise(bar)],
                             dtype=torch.float64)  # fmt: skip
     raise BaseModelError(f"beta_schedule is {name!r}, expected linear, scaled_linear or squaredcos_cap_v2")
 

@@ -74,7 +74,7 @@ def distances(x: Array, y: Array) -> Array:
     norms = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)
     squared: Array = norms - 2 * (x @ y.T)
     squared[squared < 1e-13 * norms] = 0  # below the rounding of the product form: equal rows
-    return np.sqrt(squared)
+    return np.sqrt(squared, dtype=np.float64)
 
 
 def kth_neighbour_distance(x: Array, k: int) -> Array:

@@ -214,16 +214,15 @@ def prompt_diversity(features: ArrayLike, prompts: Sequence[Hashable]) -> dict[H
 
 
 def style_similarity(images: ArrayLike, references: ArrayLike, neighbours: int = 10) -> Array:
-    """Mean over the references of CSLS, 2 cos - r_image - r_reference, per image (n,); r is the mean cosine to the
-    `neighbours` nearest of the other set, so what generic images and hub-like references share is taken away.
+    """2 mean cos - r per image (n,): how near it is to the references at large, beyond the few that show its subject.
 
-    Depends on the whole set of images: compare models on values from one call over the images of all of them.
-    Source: facebookresearch/MUSE, word_translation.py (csls_knn).
+    r is the image's mean cosine to its `neighbours` nearest references, the image's term of CSLS. The references' own
+    term averages to one constant over the references, which no comparison of models sees; leaving it out makes values
+    of different calls comparable.    Source: facebookresearch/MUSE, word_translation.py (csls_knn).
     """
     cosine = cosine_kernel(images, references)                          # (n, m)
-    r_image = np.sort(cosine, axis=1)[:, -neighbours:].mean(axis=1)
-    r_reference = np.sort(cosine, axis=0)[-neighbours:].mean(axis=0)
-    return (2 * cosine - r_image[:, None] - r_reference).mean(axis=1)
+    r = np.sort(cosine, axis=1)[:, -neighbours:].mean(axis=1)
+    return 2 * cosine.mean(axis=1) - r
 
 
 def clip_score(images: ArrayLike, texts: ArrayLike, scale: float = 100.0) -> Array:

@@ -128,11 +128,14 @@ class StableDiffusion:
         return pipeline
 
     def adapter_file(self, denoiser: "nn.Module", adapter_name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
-        """The adapter's tensors and its metadata under the names that `load_lora_weights` reads."""
-        from diffusers.utils import convert_state_dict_to_diffusers
+        """The adapter's tensors and its metadata under the names that `load_lora_weights` reads.
+
+        PEFT's names (`lora_A`, `lora_B`), not the older `lora.down`: with these, diffusers 0.42 drops the attention
+        layers in silence as soon as the file also holds projections or convolutions.
+        """
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser, adapter_name=adapter_name))
+        layers = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
         config = denoiser.peft_config[adapter_name].to_dict()  # type: ignore[index, union-attr]
         return ({f"unet.{name}": tensor.detach().cpu().contiguous() for name, tensor in layers.items()},
-                {f"unet.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()})
+                {f"unet.{name}": value for name, value in config.items()})

@@ -1,4 +1,4 @@
-"""The small autoencoder of the embedded base: architecture, augmentation, loss, and folding of its latent statistics."""
+"""The small autoencoder of the embedded base: architecture, augmentation, loss, folding of latent statistics."""
 
 from dataclasses import dataclass
 

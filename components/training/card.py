@@ -9,7 +9,16 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from components.catalog.models import Adapter, Evaluation, Generation, ModelVersion, Run, Snapshot, SnapshotItem, StageRun
+from components.catalog.models import (
+    Adapter,
+    Evaluation,
+    Generation,
+    ModelVersion,
+    Run,
+    Snapshot,
+    SnapshotItem,
+    StageRun,
+)
 from components.config import BaseModelConfig
 from components.errors import BadInput, BaseModelError
 from components.families.bases import HUB_ID, resolve_base
@@ -75,7 +84,8 @@ def origin_of(bench: Bench, adapter_sha256: str, run_uid: str | None = None) -> 
         adapter = session.get(Adapter, adapter_sha256)
         run = _run_of(session, adapter, run_uid)
         if adapter is None or run is None:
-            raise BadInput(f"adapter {adapter_sha256[:12]}: no run of this workspace made it; `safelight runs` lists them")
+            raise BadInput(f"adapter {adapter_sha256[:12]}: no run of this workspace made it; "
+                           "`safelight runs` lists them")
         snapshot = session.get(Snapshot, run.snapshot_id) if run.snapshot_id else None
         evaluation = session.scalars(select(Evaluation).where(Evaluation.adapter_sha256 == adapter_sha256)
                                      .order_by(Evaluation.created_at.desc())).first()
@@ -92,7 +102,8 @@ def origin_of(bench: Bench, adapter_sha256: str, run_uid: str | None = None) -> 
             snapshot=f"{snapshot.dataset}@v{snapshot.version}" if snapshot else None,
             snapshot_digest=snapshot.digest if snapshot else None,
             train_images=_count(session, snapshot), rejected=snapshot.rejected if snapshot else None,
-            licences=_counts(session, snapshot, SnapshotItem.licence), sources=_counts(session, snapshot, SnapshotItem.source),
+            licences=_counts(session, snapshot, SnapshotItem.licence),
+            sources=_counts(session, snapshot, SnapshotItem.source),
             metrics=evaluation.metrics if evaluation else {}, verdict=evaluation.verdict if evaluation else {},
             version=version)
 
@@ -128,8 +139,9 @@ def _count(session: Session, snapshot: Snapshot | None) -> int | None:
 def _counts(session: Session, snapshot: Snapshot | None, column: Any) -> dict[str, int]:
     if snapshot is None:
         return {}
-    rows = session.execute(select(column, func.count()).where(
-        SnapshotItem.snapshot_id == snapshot.id, SnapshotItem.kept).group_by(column).order_by(func.count().desc(), column))
+    rows = session.execute(
+        select(column, func.count()).where(SnapshotItem.snapshot_id == snapshot.id, SnapshotItem.kept)
+        .group_by(column).order_by(func.count().desc(), column))
     return {PurePath(value).name if value else "not stated": count for value, count in rows}
 
 
@@ -139,7 +151,8 @@ def card_images(bench: Bench, adapter_sha256: str, folder: Path) -> list[tuple[s
         rows = session.execute(
             select(Generation.image_sha256, Generation.prompt).where(
                 Generation.adapter_sha256 == adapter_sha256, Generation.role == "candidate")
-            .order_by(Generation.evaluation_key.desc(), Generation.prompt_index, Generation.seed).limit(4 * IMAGES)).all()
+            .order_by(Generation.evaluation_key.desc(), Generation.prompt_index, Generation.seed)
+            .limit(4 * IMAGES)).all()
     prompts: dict[str, str] = {}
     for sha256, prompt in rows:
         prompts.setdefault(prompt, sha256)
@@ -186,8 +199,8 @@ def _usage(origin: Origin, files: Mapping[str, str]) -> str:
                   f'pipeline = DiffusionPipeline.from_pretrained("{base}", dtype=torch.float32)',
                   f'pipeline.load_lora_weights(".", weight_name="{files["diffusers"]}")', "```"]
     if "kohya" in files:
-        lines += ["", f"For WebUI and ComfyUI put `{files['kohya']}` into the folder of LoRA models; weight 1 is what was "
-                      "evaluated."]
+        lines += ["", f"For WebUI and ComfyUI put `{files['kohya']}` into the folder of LoRA models; weight 1 is what "
+                      "was evaluated."]
     return "\n".join(lines)
 
 
@@ -196,18 +209,20 @@ def _evaluation(origin: Origin) -> str:
     if not rows:
         return ""
     settings = origin.evaluation
-    lines = ["## Evaluation", "", "Difference: this adapter minus what it is compared with, with its 95 % interval.", "",
+    lines = ["## Evaluation", "",
+             "Difference: this adapter minus what it is compared with, with its 95 % interval.", "",
              "| measure | better | base | champion | this adapter | difference | n |", "|---|---|---|---|---|---|---|"]
     for name, metric in rows:
         difference = metric.get("difference") or {}
-        interval = f"{_number(difference.get('value'))} [{_number(difference.get('low'))}, {_number(difference.get('high'))}]"
-        lines.append(f"| {METRICS.get(name, name)} | {metric.get('better', '')} | {_number(metric.get('base'))} | "
-                     f"{_number(metric.get('champion'))} | {_number(metric.get('candidate'))} | {interval} | {metric.get('n')} |")
+        value, low, high = (_number(difference.get(part)) for part in ("value", "low", "high"))
+        base, champion, candidate = (_number(metric.get(role)) for role in ("base", "champion", "candidate"))
+        lines.append(f"| {METRICS.get(name, name)} | {metric.get('better', '')} | {base} | {champion} | {candidate} | "
+                     f"{value} [{low}, {high}] | {metric.get('n')} |")
     lines += ["", f"Held-out prompts, {settings.get('num_inference_steps')} steps, guidance "
                   f"{settings.get('guidance_scale')}, first seed {settings.get('seed')}."]
     if decision := origin.verdict.get("decision"):
         reasons = [reason["sentence"] for reason in origin.verdict.get("reasons", ()) if reason.get("sentence")]
-        lines += ["", f"Verdict of the gate: **{decision}**." + "".join(f"\n- {_text(sentence)}" for sentence in reasons)]
+        lines += ["", f"Verdict of the gate: **{decision}**.", *(f"- {_text(sentence)}" for sentence in reasons)]
     return "\n".join(lines)
 
 
@@ -215,11 +230,11 @@ def _data(origin: Origin) -> str:
     if origin.snapshot is None:
         return ""
     lines = ["## Data", "", f"Snapshot `{origin.snapshot}`, manifest sha256 `{origin.snapshot_digest}`: "
-                            f"{origin.train_images} training pictures, {origin.rejected} files rejected by curation.", "",
-             "| licence | pictures |", "|---|---|", *[f"| {_text(name)} | {count} |" for name, count in origin.licences.items()]]
-    if len(origin.sources) > 1 or "not stated" not in origin.sources:
-        lines += ["", "| source | pictures |", "|---|---|",
-                  *[f"| {_text(name)} | {count} |" for name, count in origin.sources.items()]]
+                            f"{origin.train_images} training pictures, {origin.rejected} files rejected by curation."]
+    for title, counts in (("licence", origin.licences), ("source", origin.sources)):
+        if title == "licence" or set(counts) != {"not stated"}:
+            lines += ["", f"| {title} | pictures |", "|---|---|",
+                      *(f"| {_text(name)} | {count} |" for name, count in counts.items())]
     return "\n".join(lines)
 
 
@@ -233,9 +248,9 @@ def _training(origin: Origin) -> str:
 
 def _limits(origin: Origin) -> str:
     return ("## Licence and limits\n\nThe adapter is derived from the pictures above and from the weights of "
-            f"`{origin.base}`: the licences of both apply. Repeating the run on the same machine, PyTorch build and thread "
-            "count gives the same bytes on a CPU; on a GPU it gives the same data order and noise, and losses within "
-            "tolerance.")
+            f"`{origin.base}`: the licences of both apply. Repeating the run on the same machine, PyTorch build and "
+            "thread count gives the same bytes on a CPU; on a GPU it gives the same data order and noise, and losses "
+            "within tolerance.")
 
 
 def _number(value: float | None) -> str:

@@ -68,7 +68,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         step, digests, facts = manifest["step"], manifest["sha256"], manifest["facts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedArtifact(f"{path}: no readable {MANIFEST_NAME} ({error}); resume from an older checkpoint") from None
+        raise DamagedArtifact(
+            f"{path}: no readable {MANIFEST_NAME} ({error}); resume from an older checkpoint"
+        ) from None
     tensors = {}
     for name, expected in digests.items():
         file = path / name

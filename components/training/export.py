@@ -36,9 +36,11 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 20_000
 MAX_SIDE = 1 << 20
 MAX_FILE_BYTES = 8 << 30
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and pickle protocols 2 to 5
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
-DIFFUSERS_KEY = re.compile(r"^(?P<part>unet|transformer)\.(?P<path>[A-Za-z0-9_.]+?)\.(?:lora\.|lora_)(?P<side>down|up|A|B)\.weight$")
+DIFFUSERS_KEY = re.compile(
+    r"^(?P<part>unet|transformer)\.(?P<path>[A-Za-z0-9_.]+?)\.(?:lora\.|lora_)(?P<side>down|up|A|B)\.weight$")
 KOHYA_KEY = re.compile(r"^lora_(?:unet|te|te1|te2|te3)_[A-Za-z0-9_]+\.(?:lora_down\.weight|lora_up\.weight|alpha)$")
 
 
@@ -97,9 +99,8 @@ def _read_header(path: Path) -> dict[str, Any]:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                kind = "a pickle or zip archive, which may run code when opened" if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03",
-                                                                                           b"\x80\x04") else "something else"
-                raise BadInput(f"{path}: expected a safetensors file, found {kind}; only .safetensors adapters are read")
+                found = "a pickle, which may run code when opened" if start[:2] in PICKLES else "something else"
+                raise BadInput(f"{path}: expected a safetensors file, found {found}; only such adapters are read")
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; give the path of a .safetensors adapter") from None
@@ -120,14 +121,14 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
         raise BadInput(f"{path}: holds no tensor; choose another file")
     for key, entry in header.items():
         if not DIFFUSERS_KEY.match(key) and not KOHYA_KEY.match(key):
-            raise BadInput(f"{path}: {key[:80]!r} is no LoRA weight of a known layout; only LoRA files in the diffusers or "
-                           "kohya layout are read")
+            raise BadInput(f"{path}: {key[:80]!r} is no LoRA weight of a known layout; only LoRA files in the "
+                           "diffusers or kohya layout are read")
         shape, kind = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
         plausible = (isinstance(shape, list) and len(shape) <= 4 and kind in FLOATS
                      and all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in shape))
         if not plausible:
-            raise BadInput(f"{path}: {key[:80]!r} has shape {str(shape)[:60]} of {str(kind)[:20]}; expected up to four sides "
-                           "of floating-point numbers")
+            raise BadInput(f"{path}: {key[:80]!r} has shape {str(shape)[:60]} of {str(kind)[:20]}; expected up to four "
+                           "sides of floating-point numbers")
 
 
 def lora_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[LoraLayer]:
@@ -149,7 +150,8 @@ def lora_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> l
     for (part, path), pair in sorted(halves.items()):
         if set(pair) != {"down", "up"} or pair["down"].shape[0] != pair["up"].shape[1]:
             raise BadInput(f"adapter layer {part}.{path}: down and up do not belong together; export the adapter again")
-        layers.append(LoraLayer(part, path, pair["down"], pair["up"], _scale(part, path, pair["down"].shape[0], settings)))
+        scale = _scale(part, path, pair["down"].shape[0], settings)
+        layers.append(LoraLayer(part, path, pair["down"], pair["up"], scale))
     return layers
 
 
@@ -157,7 +159,7 @@ def _scale(part: str, path: str, rank: int, settings: Mapping[str, Any]) -> floa
     if f"{part}.lora_alpha" not in settings:
         return 1.0
     patterns = settings.get(f"{part}.alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), path), settings[f"{part}.lora_alpha"])
+    alpha = patterns.get(get_pattern_key(list(patterns), path), settings[f"{part}.lora_alpha"])
     return alpha / (math.sqrt(rank) if settings.get(f"{part}.use_rslora") else rank)
 
 
@@ -204,9 +206,11 @@ def export_adapter(bench: Bench, adapter_sha256: str, destination: Path, layouts
     origin = origin_of(bench, adapter_sha256, run_uid)
     files: dict[str, Path] = {}
     for layout in layouts:
-        body = diffusers_tensors(layers) if layout == "diffusers" else kohya_tensors(layers)
-        kept = {key: stored[key] for key in ("format", "lora_adapter_metadata") if key in stored} if layout == "diffusers" else {}
-        files[layout] = destination / (DIFFUSERS_FILE if layout == "diffusers" else f"{origin.name}.safetensors")
+        if layout == "diffusers":
+            body, files[layout] = diffusers_tensors(layers), destination / DIFFUSERS_FILE
+            kept = {key: stored[key] for key in ("format", "lora_adapter_metadata") if key in stored}
+        else:
+            body, kept, files[layout] = kohya_tensors(layers), {}, destination / f"{origin.name}.safetensors"
         with atomic_write(files[layout]) as file:
             file.write(to_safetensors(body, kept | file_metadata(origin, layers, body, layout)))
     card = destination / "README.md"
@@ -215,8 +219,9 @@ def export_adapter(bench: Bench, adapter_sha256: str, destination: Path, layouts
     return Export(destination, files, card)
 
 
-def file_metadata(origin: Origin, layers: Sequence[LoraLayer], tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
-    """Header strings: `ss_*` as kohya's trainer writes them, `modelspec.*` (ModelSpec 1.0.1) and our own `safelight.*`."""
+def file_metadata(origin: Origin, layers: Sequence[LoraLayer], tensors: Mapping[str, Tensor],
+                  layout: Layout) -> dict[str, str]:
+    """Header strings: `ss_*` as kohya's trainer writes them, `modelspec.*` (ModelSpec 1.0.1), our own `safelight.*`."""
     training = origin.training
     digest = _data_digest(tensors)
     scales = {layer.scale * layer.rank for layer in layers}

@@ -68,7 +68,7 @@ def fit(
         total, sample_ids = 0.0, []
         for _ in range(gradient_accumulation_steps):
             batch = next(batches)
-            batch_loss = loss(batch, draws(step, batch.sample_ids))
+            batch_loss = loss(batch, draws(step, batch.sample_ids, sample_ids))
             _require_finite("loss", batch_loss.item(), step, batch.sample_ids)
             (batch_loss / gradient_accumulation_steps).backward()
             total += batch_loss.item() / gradient_accumulation_steps

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0, Jordan et al. 2024, "Muon"
-RMS_OF_ADAMW = 0.2  # the usual RMS of an AdamW update, so that both share one learning rate: Liu et al., arXiv:2502.16982
+RMS_OF_ADAMW = (
+    0.2  # the usual RMS of an AdamW update, so that both share one learning rate: Liu et al., arXiv:2502.16982
+)
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 4) -> Tensor:

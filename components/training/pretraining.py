@@ -15,8 +15,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads steal the cores that others need
 
@@ -30,6 +30,9 @@ from transformers import CLIPTokenizer
 from components.diffusion.draws import Draw, Draws
 from components.diffusion.objectives import RectifiedFlow
 from components.diffusion.timesteps import logit_normal, stratified
+from components.errors import DamagedArtifact
+from components.evaluation.embedders import ImageNetEmbedder
+from components.training.assembly import assemble_pipeline, write_concepts
 from components.training.autoencoder import (
     PixelBatch,
     fold_latent_statistics,
@@ -37,6 +40,7 @@ from components.training.autoencoder import (
     psnr,
     reconstruction_loss,
 )
+from components.training.base_evaluation import draw_curves, evaluate_base
 from components.training.captions import all_captions, train_tokenizer
 from components.training.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from components.training.denoiser import (
@@ -55,7 +59,9 @@ from components.training.pictures import Picture, Pictures, hash_fraction, read_
 from components.training.schedules import learning_rate_at
 
 log = logging.getLogger(__name__)
-DIRECTIONAL = frozenset("left right arrow button check question return forward refresh note book page".split())
+DIRECTIONAL = frozenset(  # words of drawings that mean something else when mirrored
+    ("left", "right", "arrow", "arrows", "button", "check", "question", "note", "book", "page")
+)
 
 
 class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
@@ -73,12 +79,13 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     text_layers: int = Field(3, ge=1)
     unet_channels: tuple[int, ...] = Field((96, 192), description="Widths of the U-Net at 8x8 and 4x4.")
     unet_layers_per_block: int = Field(1, ge=1)
-    unet_steps: int = Field(1600, ge=1, description="Optimizer steps of text encoder and U-Net.")
+    unet_steps: int = Field(1700, ge=1, description="Optimizer steps of text encoder and U-Net.")
     unet_batch_size: int = Field(48, ge=1)
-    unet_learning_rate: float = Field(5e-3, gt=0, description="Peak rate.")
+    unet_learning_rate: float = Field(4e-3, gt=0, description="Peak rate.")
+    time_mean: float = Field(0.9, description="Mean logit of training times; positive: effort where shapes form.")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="Share of captions left empty, for guidance.")
     ema_decay: float = Field(0.996, gt=0, lt=1, description="Of the weights that are shipped.")
-    flip_share: float = Field(0.3, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning.")
+    flip_share: float = Field(0.0, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning.")
     warmup_steps: int = Field(30, ge=0)
     checkpointing_steps: int = Field(50, ge=1)
 
@@ -163,22 +170,20 @@ def train_denoiser(
         restore_optimizer(optimizer, checkpoint.tensors["optimizer"])
         ema.load(checkpoint.tensors["ema"])
         start_step = checkpoint.step
-    objective = RectifiedFlow(to_time=logit_normal)
+    objective = RectifiedFlow(to_time=partial(logit_normal, mean=config.time_mean))
     draws = Draws(config.seed)
 
     def batches() -> Iterator[CaptionedLatents]:
-        for index in batches_from(start_step, train.sample_ids, config.unet_batch_size, seed=config.seed):
+        order = batches_from(start_step, train.sample_ids, config.unet_batch_size, seed=config.seed)
+        for step, index in enumerate(order, start_step):
+            sample_ids, rows = tuple(train.sample_ids[i] for i in index), tuple(train.rows[i] for i in index)
+            flip = draws(step, sample_ids).uniform(len(index), "flip") < config.flip_share
+            flip &= torch.tensor([DIRECTIONAL.isdisjoint(row.name.split()) for row in rows])
             yield CaptionedLatents(
-                tuple(train.sample_ids[i] for i in index),
-                tuple(train.rows[i] for i in index),
-                torch.stack([latents[index], mirrored[index]]),
+                sample_ids, rows, torch.where(flip.view(-1, 1, 1, 1), mirrored[index], latents[index])
             )
 
     def loss(batch: CaptionedLatents, draw: Draw) -> Tensor:
-        flip = draw.uniform(len(batch.pictures), "flip") < config.flip_share
-        flip &= torch.tensor([not (set(row.name.split()) & DIRECTIONAL) for row in batch.pictures])
-        chosen = torch.where(flip.view(-1, 1, 1, 1), batch.latents[1], batch.latents[0])
-        batch = CaptionedLatents(batch.sample_ids, batch.pictures, chosen)
         return denoising_loss(model, objective, batch, draw, caption_dropout=config.caption_dropout)
 
     probes = {"train": _probe(train, latents), "held_out": _probe(test, encode(vae, to_unit(test.pixels)))}
@@ -202,6 +207,19 @@ def train_denoiser(
         checkpointing_steps=config.checkpointing_steps, should_stop=should_stop,
     )  # fmt: skip
     return model
+
+
+def averaged_denoiser(concrete: Pictures, out: Path, config: PretrainConfig) -> TextToLatents:
+    """Text encoder and U-Net with the averaged weights of the newest checkpoint in `out`, in evaluation mode.
+
+    Raises: DamagedArtifact when there is no complete checkpoint.
+    """
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None:
+        raise DamagedArtifact(f"{out}: no complete checkpoint; run the unet stage first")
+    model, _, _ = _new_denoiser(concrete, out, config)
+    model.load_state_dict(checkpoint.tensors["model"] | checkpoint.tensors["ema"])
+    return model.eval()
 
 
 def fixed_noise_loss(model: TextToLatents, rows: Sequence[Picture], latents: Tensor) -> float:
@@ -232,7 +250,9 @@ def _new_denoiser(
             vocab_size=config.vocab_size, max_length=config.max_prompt_tokens,
         )  # fmt: skip
     text_encoder = new_text_encoder(tokenizer, config.text_size, config.text_layers)
-    unet = new_unet(config.unet_channels, config.unet_layers_per_block, config.text_size, latent_channels=8, sample_size=8)
+    unet = new_unet(
+        config.unet_channels, config.unet_layers_per_block, config.text_size, latent_channels=8, sample_size=8
+    )
     model = TextToLatents(tokenizer, text_encoder, unet)
     parameters = dict(model.named_parameters())
     optimizer = _muon(parameters, config.unet_learning_rate, exclude=("embedding", "conv_in", "conv_out"))
@@ -272,6 +292,18 @@ def main() -> None:
     if arguments.stage in (None, "unet"):
         vae = AutoencoderKL.from_pretrained(arguments.out / "vae/model")
         train_denoiser(pictures, vae, arguments.out / "unet", config, lambda: stopped)
+    concrete = pictures.where(row.concrete for row in pictures.rows)
+    if arguments.stage in (None, "assemble"):
+        vae = AutoencoderKL.from_pretrained(arguments.out / "vae/model")
+        model = averaged_denoiser(concrete, arguments.out / "unet", config)
+        assemble_pipeline(model, vae, arguments.out / "pipeline")
+        write_concepts(concrete.rows, arguments.out / "concepts.json")
+    if arguments.stage in (None, "evaluate"):
+        held_out = pictures.where(hash_fraction(row.group) < config.held_out for row in pictures.rows)
+        out = arguments.out / "evaluation"
+        figures = evaluate_base(arguments.out / "pipeline", concrete, held_out, ImageNetEmbedder(), out)
+        draw_curves({stage: arguments.out / stage / "journal.jsonl" for stage in ("vae", "unet")}, out / "curves.png")
+        print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

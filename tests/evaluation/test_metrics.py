@@ -228,9 +228,16 @@ def test_style_similarity_prefers_images_near_the_references_over_generic_ones()
     style, generic = np.eye(8)[0], np.ones(8)
     references = style + 0.2 * g.normal(size=(30, 8))
     styled, plain = style + 0.2 * g.normal(size=(20, 8)), generic + 0.2 * g.normal(size=(20, 8))
-    scores = style_similarity(np.vstack([styled, plain]), references)
-    assert scores.shape == (40,)
-    assert scores[:20].min() > scores[20:].max()
+    assert style_similarity(styled, references).min() > style_similarity(plain, references).max()
+
+
+def test_style_similarity_of_an_image_does_not_depend_on_the_other_images_of_its_model():
+    images, references = rng(1).normal(size=(12, 5)), rng(2).normal(size=(15, 5))
+    together = style_similarity(images, references)
+    assert together.shape == (12,)
+    assert style_similarity(images[3:4], references) == pytest.approx(together[3:4])
+    cosine = np.sort(cosine_kernel(images, references), axis=1)
+    assert together == pytest.approx(2 * cosine.mean(axis=1) - cosine[:, 5:].mean(axis=1))
 
 
 def test_clip_score_scales_the_cosine_and_cuts_at_zero():

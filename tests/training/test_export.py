@@ -1,4 +1,4 @@
-"""Adapter files that other programs open: both layouts give the picture that training gave, and nothing else is read."""
+"""Adapter files that other programs open: both layouts give what training gave, and nothing else is read."""
 
 import json
 import pickle
@@ -21,7 +21,6 @@ from components.stages import Bench
 from components.tensors import to_safetensors
 from components.training.adapters import adapter_bytes
 from components.training.export import export_adapter, kohya_tensors, lora_layers, read_adapter
-from components.workspace import Workspace
 
 RANK, ALPHA = 4, 3.0  # different on purpose: a reader that takes alpha for the rank is 25 % off
 RUN, STAGE = "0199aaaa-0000-7000-8000-000000000001", "k" * 32
@@ -30,7 +29,8 @@ RUN, STAGE = "0199aaaa-0000-7000-8000-000000000001", "k" * 32
 def tiny_unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=8)
 
@@ -39,8 +39,9 @@ def stock_pipeline() -> StableDiffusionPipeline:
     text = CLIPTextModel(CLIPTextConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                         num_attention_heads=2, max_position_embeddings=8))
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    return StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=None, unet=tiny_unet(), scheduler=DDIMScheduler(),  # type: ignore[arg-type]
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]
+    parts: dict[str, Any] = {"tokenizer": None, "safety_checker": None, "feature_extractor": None}
+    return StableDiffusionPipeline(vae=vae, text_encoder=text, unet=tiny_unet(), requires_safety_checker=False,
+                                   scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), **parts)
 
 
 def adapted_unet(rslora: bool = False, preset: str = "all") -> UNet2DConditionModel:
@@ -69,13 +70,6 @@ def loaded_by_diffusers(folder: Path, weight_name: str) -> Tensor:
     return output(pipeline.unet)
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    bench = Bench.open(Workspace(tmp_path / "home"))
-    bench.catalog.migrate()
-    return bench
-
-
 def store_adapter(bench: Bench, unet: UNet2DConditionModel) -> str:
     """An adapter with the run, snapshot, evaluation and picture that lead to it."""
     ref = bench.store.put(adapter_bytes(unet, StableDiffusion()))
@@ -90,10 +84,11 @@ def store_adapter(bench: Bench, unet: UNet2DConditionModel) -> str:
         for ordinal in range(2):
             session.add(SnapshotItem(snapshot_id=snapshot.id, ordinal=ordinal, file_name=f"{ordinal}.png", kept=True,
                                      caption="a rocket", split="train", licence="CC-BY-4.0", source="/home/ada/icons"))
-        session.add(Run(run_uid=RUN, name="icons", kind="retrain", status="completed", recipe=body, host="laptop", pid=1,
-                        git_commit="abc", snapshot_id=snapshot.id, mlflow_run_id="m1", progress={}, card={}))
+        session.add(Run(run_uid=RUN, name="icons", kind="retrain", status="completed", recipe=body, host="laptop",
+                        pid=1, git_commit="abc", snapshot_id=snapshot.id, mlflow_run_id="m1", progress={}, card={}))
         session.flush()
-        session.add(StageRun(run_uid=RUN, stage="fine-tune", key=STAGE, outcome="produced", seconds=1, items=1, bytes=1))
+        session.add(StageRun(run_uid=RUN, stage="fine-tune", key=STAGE, outcome="produced", seconds=1, items=1,
+                             bytes=1))
         session.add(Adapter(sha256=ref.sha256, stage_key=STAGE, step=40))
         session.add(Evaluation(
             key="e", run_uid=RUN, fingerprint="f", adapter_sha256=ref.sha256, snapshot_digest="d" * 64,
@@ -149,7 +144,8 @@ def loads(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     return load(data), json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
 
 
-def test_the_diffusers_file_holds_the_stored_numbers_and_exporting_twice_gives_the_same_bytes(bench: Bench, tmp_path: Path):
+def test_the_diffusers_file_holds_the_stored_numbers_and_exporting_twice_gives_the_same_bytes(bench: Bench,
+                                                                                               tmp_path: Path):
     sha256 = store_adapter(bench, adapted_unet())
     first, again = (export_adapter(bench, sha256, tmp_path / name) for name in ("first", "again"))
     stored, ours = (lora_layers(*read_adapter(path)) for path in (bench.store.path(sha256), first.files["diffusers"]))
@@ -215,7 +211,7 @@ GOOD = {"unet.a.lora.down.weight": WEIGHT, "unet.a.lora.up.weight": OTHER}
     ("data", "complaint"),
     [
         (pickle.dumps({"state": Canary()}), "pickle"),
-        (b"PK\x03\x04" + bytes(100), "pickle or zip"),
+        (b"PK\x03\x04" + bytes(100), "a pickle"),
         (b"", "something else"),
         ((1 << 60).to_bytes(8, "little") + bytes(64), "something else"),
         ((9).to_bytes(8, "little") + b"{" * 9, "not readable"),
@@ -224,10 +220,10 @@ GOOD = {"unet.a.lora.down.weight": WEIGHT, "unet.a.lora.up.weight": OTHER}
         (to_safetensors({"unet.a.weight": WEIGHT}), "no LoRA weight"),
         (to_safetensors({"unet.a.lora.down.weight": torch.zeros(1, dtype=torch.int64)}), "I64"),
         (to_safetensors({"unet.a.lora.down.weight": torch.zeros(1, 1, 1, 1, 1)}), "up to four sides"),
-        (to_safetensors({f"unet.l{i}.lora.down.weight": torch.zeros(1) for i in range(20_001)}), "more than any adapter"),
+        (to_safetensors({f"unet.l{i}.lora.down.weight": torch.zeros(1) for i in range(20_001)}), "more than any"),
     ],
-    ids=["a pickle", "a zip", "empty", "a huge header", "a broken header", "cut short", "NaN", "another key", "integers",
-         "five sides", "too many tensors"],
+    ids=["a pickle", "a zip", "empty", "a huge header", "a broken header", "cut short", "NaN", "another key",
+         "integers", "five sides", "too many tensors"],
 )
 def test_what_is_no_adapter_is_refused_in_one_line_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                  data: bytes, complaint: str):
@@ -241,7 +237,8 @@ def test_what_is_no_adapter_is_refused_in_one_line_and_never_run(tmp_path: Path,
 
 
 def test_a_shape_larger_than_the_file_is_refused_before_anything_is_allocated(tmp_path: Path):
-    header = json.dumps({"unet.a.lora.down.weight": {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 4]}})
+    entry = {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 4]}
+    header = json.dumps({"unet.a.lora.down.weight": entry})
     path = tmp_path / "lora.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
     with pytest.raises(BadInput, match="not a whole safetensors file"):

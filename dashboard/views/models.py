@@ -38,7 +38,7 @@ def _version(desk: Desk, card: ModelCard) -> None:
     thumbs = pictures(((desk.thumb(thumb.image_sha256), thumb.prompt) for thumb in card.thumbs), "wide")
     files = facts([*((what, Markup("<code>{}</code>").format(path)) for what, path in card.files),
                    ("registry", Markup("<code>{}</code>").format(card.mlflow_uri)),
-                   ("adapter", Markup("<code>{}</code>").format(card.adapter_sha256[:12]))])
+                   ("sha256", Markup("<code>{}</code>").format(card.adapter_sha256[:12]))])
     draw(Markup('<article class="sl-version"><h2>Version {} {} <small>gate</small> {}</h2>'
                 '<p class="sl-quiet">{} · {} · {}</p><a href="{}">{}</a>{}{}</article>').format(
         card.version, aliases, gate_chip(card.gate), ago(card.created_at),

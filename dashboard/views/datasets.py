@@ -5,7 +5,7 @@ from markupsafe import Markup
 
 from components.catalog import datasets
 from components.catalog.datasets import SnapshotRow
-from dashboard.desk import address, open_desk, whole
+from dashboard.desk import address, open_desk, version_name, whole
 from dashboard.gallery import show_items
 from dashboard.markup import ago, check_name, draw, facts, link, notice, plural, title
 
@@ -16,26 +16,26 @@ LEAD = "Immutable versions of your collections. Sources are only read, never mov
 
 def show() -> None:
     desk = open_desk()
-    found = {snapshot.id: snapshot for snapshot in datasets.list_snapshots(desk.catalog)}
+    found = {version_name(snapshot.dataset, snapshot.version): snapshot
+             for snapshot in datasets.list_snapshots(desk.catalog)}
     if not found:
         draw(title("Datasets", LEAD),
              notice("quiet", "No dataset yet.", "Point a recipe at a folder of pictures with captions: a .txt beside each "
                     "picture, or one metadata.jsonl.", "safelight init", "safelight curate recipe.toml"))
         return
     draw(title("Datasets", LEAD))
-    with st.container(horizontal=True, vertical_alignment="bottom", key="dataset-tools"):
-        chosen = st.selectbox("version", tuple(found), key="snapshot", bind="query-params", width=280,
-                              format_func=lambda i: f"{found[i].dataset} · version {found[i].version}")
+    with st.container(horizontal=True, vertical_alignment="top", key="dataset-tools"):
+        chosen = st.selectbox("version", tuple(found), key="snapshot", bind="query-params", width=280, on_change=_to_start)
         snapshot = found[chosen]
         pile = st.segmented_control("files", PILES, default="kept", required=True, key="pile", bind="query-params",
-                                    format_func=lambda pile: f"{pile} {getattr(snapshot, pile):,}".replace(",", " "))
+                                    on_change=_to_start)
         decision = "reject" if pile == "rejected" else "flag"
         counts = {count.check: count.files for count in datasets.verdict_counts(desk.catalog, snapshot.id)
                   if count.decision == decision}
         check = ANY
         if counts:
             check = st.selectbox(
-                "reason" if pile == "rejected" else "flags", (ANY, *counts), key=f"check-{pile}", width=240,
+                "reason" if pile == "rejected" else "flags", (ANY, *counts), key=f"check-{pile}", width=240, on_change=_to_start,
                 format_func=lambda c: "all" if c == ANY else f"{check_name(c)} · {counts[c]:,}".replace(",", " "))
     draw(_facts(snapshot))
     after = whole(st.query_params.get("after"), -1)
@@ -47,10 +47,14 @@ def show() -> None:
     else:
         draw(notice("quiet", "Nothing was rejected." if pile == "rejected" else "No file matches.",
                     "Every file of this version passed." if pile == "rejected" else "Choose another flag or version."))
-    same = {"snapshot": snapshot.id, "pile": pile}
+    same = {"snapshot": chosen, "pile": pile}
     pages = [link("← first page", address("datasets", **same))] if after >= 0 else []
     pages += [link("next page →", address("datasets", after=page.after, **same))] if page.after is not None else []
     draw(Markup('<nav class="sl-pages">{}</nav>').format(Markup(" ").join(pages)))
+
+
+def _to_start() -> None:
+    st.query_params.pop("after", None)
 
 
 def _facts(snapshot: SnapshotRow) -> Markup:

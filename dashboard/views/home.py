@@ -20,7 +20,7 @@ from dashboard.markup import (
     section,
     title,
 )
-from dashboard.pages.runs import run_lines
+from dashboard.views.runs import run_lines
 
 STAGES = ("curate", "cache", "fine-tune", "evaluate", "register")
 

@@ -12,8 +12,8 @@ from dashboard.desk import Desk, address, open_desk, reviewer, whole
 from dashboard.gallery import show_board
 from dashboard.markup import draw, gate_chip, link, metric_name, notice, number, plural, reasons, title
 
-ALL_SEEDS = 0
-SHOWN: dict[Show, str] = {"all": "all prompts", "unrated": "not rated by me", "flagged": "flagged by anyone"}
+ALL_SEEDS = "all"
+SHOWN: tuple[Show, ...] = ("all", "unrated", "flagged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +63,37 @@ def _head(detail: EvaluationDetail) -> None:
         Markup('<div><dt>{}</dt><dd>{}</dd><dd class="sl-was">base {}</dd></div>').format(
             metric_name(metric.name), number(metric.candidate), number(metric.base)) for metric in detail.metrics[:5])
     draw(title(detail.head.name, Markup("{} {}").format(
-        gate_chip(detail.gate), link("the run", address("runs", run=detail.head.run_uid)))),
-        Markup('<dl class="sl-metrics">{}</dl>').format(strip) if strip else Markup(""))
+        gate_chip(detail.gate), link("the run", address("runs", run=detail.head.run_uid))),
+        Markup('<dl class="sl-metrics">{}</dl>').format(strip) if strip else Markup("")))
 
 
 def _cut(detail: EvaluationDetail, found: tuple[EvaluationHead, ...]) -> Cut:
     """The row of selectors above the board; all but the reviewer's name live in the address bar."""
     axes, heads = detail.axes, {head.key: head for head in found} | {detail.head.key: detail.head}
-    step, take = axes.steps[-1] if axes.steps else None, 1
+    step, take = axes.steps[-1] if axes.steps else None, "1"
     with st.container(horizontal=True, vertical_alignment="bottom", key="board-tools"):
         key = st.selectbox("gallery", tuple(heads), index=tuple(heads).index(detail.head.key), width=250,
                            format_func=lambda k: f"{heads[k].name} · {heads[k].created_at:%d %b %H:%M} · {k[:4]}")
         if axes.takes > 1:
-            take = st.selectbox("seed", (*range(1, axes.takes + 1), ALL_SEEDS), key="seed", bind="query-params", width=110,
-                                format_func=lambda n: "all" if n == ALL_SEEDS else f"{n} of {axes.takes}")
+            take = st.selectbox(f"seed, of {axes.takes}", (*map(str, range(1, axes.takes + 1)), ALL_SEEDS), key="seed",
+                                bind="query-params", width=100, on_change=_to_start)
         if len(axes.steps) > 1:
             step = st.selectbox("step", tuple(reversed(axes.steps)), key="step", bind="query-params", width=110)
-        show = st.selectbox("show", tuple(SHOWN), key="show", bind="query-params", width=180, format_func=SHOWN.__getitem__)
-        search = st.text_input("search prompts", key="q", bind="query-params", width=180, placeholder="a word", max_chars=100)
+        show = st.selectbox("show", tuple(SHOWN), key="show", bind="query-params", width=120, on_change=_to_start,
+                            help="unrated: prompts whose candidate you have not rated; flagged: by anyone")
+        search = st.text_input("search prompts", key="q", bind="query-params", width=200, placeholder="a word", max_chars=100,
+                               on_change=_to_start)
         name = st.text_input("your name", value=reviewer(), key="reviewer", persist_state="session", width=160,
                              max_chars=MAX_REVIEWER, disabled=bool(st.user.get("is_logged_in")))
     if key != detail.head.key:
-        st.query_params.from_dict({"evaluation": key})
+        st.query_params["evaluation"] = key
+        _to_start()
         st.rerun()
-    return Cut(take or None, step, show, search or "", (name or "").strip() or reviewer())
+    return Cut(None if take == ALL_SEEDS else int(take), step, show, search or "", (name or "").strip() or reviewer())
+
+
+def _to_start() -> None:
+    st.query_params.pop("from", None)
 
 
 def _board(desk: Desk, detail: EvaluationDetail, cut: Cut) -> None:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from components.catalog import overview
 from components.catalog.models import now
 from components.catalog.overview import RunDetail, RunRow
-from dashboard.desk import Desk, address, open_desk, services
+from dashboard.desk import Desk, address, open_desk, services, version_name
 from dashboard.markup import (
     NOT_MEASURED,
     ago,
@@ -68,9 +68,9 @@ def _all(desk: Desk) -> None:
         draw(notice("quiet", "No run yet.", "A recipe, a folder of captioned pictures, one command.", "safelight demo",
                     "safelight init", "safelight retrain recipe.toml"))
         return
-    left, right, _ = st.columns([2, 2, 4])
-    name = left.selectbox("name", (ANY, *names), key="name", bind="query-params")
-    status = right.selectbox("status", STATUSES, key="status", bind="query-params")
+    with st.container(horizontal=True, key="run-tools"):
+        name = st.selectbox("name", (ANY, *names), key="name", bind="query-params", width=240, on_change=_to_start)
+        status = st.selectbox("status", STATUSES, key="status", bind="query-params", width=180, on_change=_to_start)
     before = st.query_params.get("before")
     found = overview.run_table(desk.catalog, before=before, name=None if name == ANY else name,
                                status=None if status == ANY else status)
@@ -82,6 +82,10 @@ def _all(desk: Desk) -> None:
     pages = [link("← newest", address("runs", **same))] if before else []
     pages += [link("older →", address("runs", before=found.next_before, **same))] if found.next_before else []
     draw(Markup('<nav class="sl-pages">{}</nav>').format(Markup(" ").join(pages)))
+
+
+def _to_start() -> None:
+    st.query_params.pop("before", None)
 
 
 def _one(desk: Desk, run_uid: str) -> None:
@@ -131,8 +135,8 @@ def _facts(desk: Desk, run: RunDetail) -> Markup:
     row = run.row
     pairs: list[tuple[str, str | Markup]] = [("started", ago(row.created_at)), ("took", _took(row))]
     if row.dataset:
-        pairs.append(("data", link(f"{row.dataset} · version {row.dataset_version}",
-                                   address("datasets", snapshot=run.snapshot_id))))
+        pairs.append(("data", link(f"{row.dataset} · version {row.dataset_version}", address(
+            "datasets", snapshot=version_name(row.dataset, row.dataset_version or 0)))))
     pairs += [("host", run.host), ("code", run.git_commit[:10] if run.git_commit else "not under git")]
     adapter = run.card.get("adapter")
     if isinstance(adapter, dict) and adapter.get("sha256"):
@@ -173,7 +177,7 @@ def _took(row: RunRow) -> str:
 def _data(row: RunRow) -> str | Markup:
     if row.dataset is None:
         return Markup('<span class="sl-none">–</span>')
-    return Markup("{}<small>version {}</small>").format(row.dataset, row.dataset_version)
+    return Markup("<span>{}<small>version {}</small></span>").format(row.dataset, row.dataset_version)
 
 
 def _headline(row: RunRow) -> str | Markup:

@@ -1,0 +1,69 @@
+"""From training checkpoints to a diffusers pipeline folder that `DiffusionPipeline.from_pretrained` opens as it is."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from components.errors import DamagedArtifact
+from components.training.denoiser import TextToLatents
+from components.training.pictures import Picture
+
+MAX_BYTES = 48 * 2**20  # of safetensors in the folder
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "final_sigmas_type": "zero",
+    "steps_offset": 1,  # the stock pipeline insists; flow sigmas do not use it
+}
+
+
+def assemble_pipeline(model: TextToLatents, vae: AutoencoderKL, folder: Path) -> Path:
+    """Write the pipeline beside `folder`, then swap it in: U-Net and VAE as fp16, the text encoder as fp32.
+
+    transformers opens a text encoder in the precision it was saved in, diffusers opens its models in fp32: a text
+    encoder saved as fp16 would meet an fp32 U-Net. Returns `folder`. Raises: DamagedArtifact above MAX_BYTES.
+    """
+    partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
+    for leftover in (partial, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(partial)
+    for part, network in (("unet", model.unet), ("vae", vae)):
+        half = type(network).from_pretrained(partial / part, torch_dtype=torch.float16)
+        half.save_pretrained(partial / part)
+    size = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
+    if size > MAX_BYTES:
+        raise DamagedArtifact(f"{partial}: {size} bytes of safetensors, at most {MAX_BYTES} may ship; train smaller")
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+    return folder
+
+
+def write_concepts(pictures: Sequence[Picture], path: Path) -> None:
+    """The trained concepts as JSON: name, other words of the captions, styles, and colour words seen with it."""
+    concepts: dict[str, dict] = {}
+    for picture in pictures:
+        concept = concepts.setdefault(picture.name, {"name": picture.name, "words": [], "styles": [], "colors": []})
+        concept["words"] += [word for word in picture.synonyms if word not in concept["words"]]
+        concept["styles"].append(picture.style)
+        if picture.color and picture.color not in concept["colors"]:
+            concept["colors"].append(picture.color)
+    path.write_text(json.dumps(list(concepts.values()), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
