@@ -32,15 +32,22 @@ def make_app(workspace: Workspace) -> st.App:
         yield
         catalog.engine.dispose()
 
-    return st.App(Path(__file__).with_name("main.py").resolve(), routes=routes(workspace, catalog),
-                  lifespan=close_catalog, on_script_error=_say_so)
+    return st.App(
+        Path(__file__).with_name("main.py").resolve(),
+        routes=routes(workspace, catalog),
+        lifespan=close_catalog,
+        on_script_error=_say_so,
+    )
 
 
 def _say_so(error: Exception) -> bool:
     """Whatever slipped through a page's own error states: the log gets the traceback, the reader a sentence."""
     log.error("a page failed", exc_info=error)
-    st.error("This page could not be drawn. The cause is in the dashboard's log; `safelight doctor` looks for the usual "
-             "ones.", icon=":material/error:")
+    st.error(
+        "This page could not be drawn. The cause is in the dashboard's log; `safelight doctor` looks for the usual "
+        "ones.",
+        icon=":material/error:",
+    )
     return True
 
 

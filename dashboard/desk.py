@@ -19,6 +19,7 @@ from components.errors import SafelightError, ServiceUnavailable
 from components.workspace import Workspace
 from dashboard.markup import draw, notice
 from dashboard.signing import Seal
+from dashboard.trail import Trail
 from flows.services import Services, current
 
 log = logging.getLogger("safelight.dashboard")
@@ -53,6 +54,12 @@ def open_desk() -> Desk:
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _open(_workspace: Workspace, url: str) -> Desk:
     return Desk(_workspace, Catalog(url), Seal.of(_workspace))
+
+
+def trail(desk: Desk, run_uid: str) -> Trail:
+    """A run's journal as far as it is written; this visitor's last reading is continued."""
+    trails: dict[str, Trail] = st.session_state.setdefault("trails", {})
+    return trails.setdefault(run_uid, Trail(desk.workspace.run_dir(run_uid) / "journal.jsonl")).advance()
 
 
 def services(desk: Desk) -> Services:
@@ -100,16 +107,29 @@ def mending() -> Iterator[None]:
         draw(notice("bad", title, mend, command))
     except Exception as error:
         log.error("a page failed", exc_info=error)
-        draw(notice("bad", "This page could not be drawn.",
-                    "The cause is in the dashboard's log. The doctor looks for the usual ones.", "safelight doctor"))
+        draw(
+            notice(
+                "bad",
+                "This page could not be drawn.",
+                "The cause is in the dashboard's log. The doctor looks for the usual ones.",
+                "safelight doctor",
+            )
+        )
 
 
 def welcome() -> None:
     """The empty state of a workspace without a catalog."""
-    draw(notice("quiet", "Nothing has run in this workspace yet.",
-                "The demo curates a small set of icons, fine-tunes the embedded model on it and fills these pages in "
-                "minutes, on a laptop without a GPU. Your own pictures need a folder and a recipe.",
-                "safelight demo", "safelight init", "safelight retrain recipe.toml"))
+    draw(
+        notice(
+            "quiet",
+            "Nothing has run in this workspace yet.",
+            "The demo curates a small set of icons, fine-tunes the embedded model on it and fills these pages in "
+            "minutes, on a laptop without a GPU. Your own pictures need a folder and a recipe.",
+            "safelight demo",
+            "safelight init",
+            "safelight retrain recipe.toml",
+        )
+    )
 
 
 def explain(error: Exception) -> tuple[str, str, str]:
@@ -120,17 +140,24 @@ def explain(error: Exception) -> tuple[str, str, str]:
         return "This could not be read.", str(error), "safelight doctor"
     cause = str(error.orig if isinstance(error, DBAPIError) else error).lower()
     if any(sign in cause for sign in ("no such table", "no such column", "does not exist", "undefined")):
-        return ("The catalog was written by another version of Safelight.",
-                "Starting the services brings it up to date; nothing is lost.", "safelight up")
+        return (
+            "The catalog was written by another version of Safelight.",
+            "Starting the services brings it up to date; nothing is lost.",
+            "safelight up",
+        )
     if "not a database" in cause or "malformed" in cause:
-        return ("The catalog's file is damaged.",
-                "Move it aside and put a backup in its place; the doctor says which parts can be rebuilt.",
-                "safelight doctor")
+        return (
+            "The catalog's file is damaged.",
+            "Move it aside and put a backup in its place; the doctor says which parts can be rebuilt.",
+            "safelight doctor",
+        )
     if "locked" in cause or "busy" in cause:
         return "The catalog is busy.", "A long write holds it. Reload this page in a moment.", "safelight status"
-    return ("The catalog does not answer.",
-            "Pages come back by themselves as soon as it does. Reviews that were not saved yet are kept in the browser.",
-            "safelight doctor")
+    return (
+        "The catalog does not answer.",
+        "Pages come back by themselves as soon as it does. Reviews that were not saved yet are kept in the browser.",
+        "safelight doctor",
+    )
 
 
 def _os_user() -> str:

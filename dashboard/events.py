@@ -49,15 +49,30 @@ def events_route(catalog: Catalog, seal: Seal) -> Route:
             return _answer(422, error=str(error))
         except SQLAlchemyError:
             return _answer(503, error="the catalog does not answer; this review is kept and sent again")
-        return _answer(200, id=act.id, reviewer=act.reviewer, stars=standing.my_stars, flag=standing.my_flag,
-                       mean=standing.mean_stars, raters=standing.raters, flags=standing.flags)
+        return _answer(
+            200,
+            id=act.id,
+            reviewer=act.reviewer,
+            stars=standing.my_stars,
+            flag=standing.my_flag,
+            mean=standing.mean_stars,
+            raters=standing.raters,
+            flags=standing.flags,
+        )
 
     return Route("/api/events", record_event, methods=["POST"])
 
 
 def _append(catalog: Catalog, reviewer: str, body: dict[str, Any]) -> tuple[reviews.Act, reviews.Standing]:
-    act = reviews.append(catalog, generation_id=body["generation"], reviewer=reviewer, kind=body["kind"],
-                         value=body["value"], text=body["text"], key=body["key"])
+    act = reviews.append(
+        catalog,
+        generation_id=body["generation"],
+        reviewer=reviewer,
+        kind=body["kind"],
+        value=body["value"],
+        text=body["text"],
+        key=body["key"],
+    )
     return act, reviews.standing(catalog, act.generation_id, reviewer=reviewer)
 
 

@@ -1,5 +1,6 @@
 """Signatures under picture addresses and reviewers' names, made with one key that never leaves the workspace."""
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -29,10 +30,8 @@ def _make_key(path: Path) -> None:
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
-        try:
-            os.link(draft, path)  # whoever is first wins; a link never shows half a key
-        except FileExistsError:
-            pass
+        with contextlib.suppress(FileExistsError):  # whoever is first wins; a link never shows half a key
+            os.link(draft, path)
     finally:
         draft.unlink()
 
@@ -55,8 +54,10 @@ class Seal:
         """Whether `signature` was made for this picture in this calendar week or the last."""
         today = today or _today()
         signer = self._thumb_signer()
-        return any(signer.verify_signature(_thumb_message(sha256, size, _week(day)), signature.encode())
-                   for day in (today, today - timedelta(days=7)))
+        return any(
+            signer.verify_signature(_thumb_message(sha256, size, _week(day)), signature.encode())
+            for day in (today, today - timedelta(days=7))
+        )
 
     def reviewer_token(self, reviewer: str) -> str:
         """What the page hands to the browser so that a review carries this name."""
@@ -76,8 +77,11 @@ class Seal:
         return Signer(self.key, salt=b"safelight thumb", key_derivation="hmac", digest_method=hashlib.sha256)
 
     def _tokens(self) -> URLSafeTimedSerializer:
-        return URLSafeTimedSerializer(self.key, salt=b"safelight reviewer",
-                                      signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256})
+        return URLSafeTimedSerializer(
+            self.key,
+            salt=b"safelight reviewer",
+            signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256},
+        )
 
 
 def _thumb_message(sha256: str, size: int, week: str) -> bytes:

@@ -1,6 +1,5 @@
 """Pictures for the browser: WebP of at most 256 or 512 px, made at first sight and kept in the workspace."""
 
-import os
 import re
 import secrets
 from io import BytesIO
@@ -20,8 +19,11 @@ SIZES = (256, 512)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PAPER = (255, 255, 255)  # behind transparent pictures
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-KEPT = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff",
-        "Cross-Origin-Resource-Policy": "same-origin"}
+KEPT = {
+    "Cache-Control": "private, max-age=31536000, immutable",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 REFUSED = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
@@ -92,4 +94,4 @@ def _keep(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{secrets.token_hex(8)}.part")
     draft.write_bytes(data)
-    os.replace(draft, path)
+    draft.replace(path)

@@ -9,8 +9,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -43,7 +44,12 @@ app = typer.Typer(
     " reviewed and registered image model, again and again, on a schedule.",
 )
 
-Layout = Literal["diffusers", "kohya"]
+
+class Layout(StrEnum):
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, TOML.")]
 DataFolder = Annotated[
@@ -441,7 +447,11 @@ def export(
         from components.training.export import export_adapter
 
         exported = export_adapter(
-            bench, version.adapter_sha256, out, layouts=tuple(layout or get_args(Layout)), run_uid=version.run_uid
+            bench,
+            version.adapter_sha256,
+            out,
+            layouts=tuple(chosen.value for chosen in layout or Layout),
+            run_uid=version.run_uid,
         )
         files = {name: str(path) for name, path in exported.files.items()}
         reporter.finish(

@@ -1,14 +1,15 @@
 """The demo's own part: its pictures, written once per workspace; the rest is an ordinary retraining."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-from components.demo.icons import METADATA_NAME, pictograms, write_icons
+from components.demo.icons import METADATA_NAME, write_icons
 from components.families.bases import EMBEDDED
 from components.workspace import Workspace
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
-WORDS_FILE = EMBEDDED / "words.txt"  # the words of the captions that the base was trained on, one a line
+CONCEPTS = EMBEDDED.parent / "concepts.json"  # what the base was trained on, written by its pre-training
 
 
 def write_pictures(workspace: Workspace, progress: Callable[[str], None]) -> Path:
@@ -23,7 +24,6 @@ def write_pictures(workspace: Workspace, progress: Callable[[str], None]) -> Pat
 
 
 def known_words() -> set[str]:
-    """The words that the embedded base knows; without a list of them, every word of the pictogram table."""
-    if WORDS_FILE.exists():
-        return set(WORDS_FILE.read_text(encoding="utf-8").split())
-    return {word for pictogram in pictograms() for word in pictogram.concept.lower().split()}
+    """The words of the concepts that the embedded base was trained on."""
+    concepts = json.loads(CONCEPTS.read_text(encoding="utf-8"))
+    return {word for concept in concepts for word in concept["name"].lower().split()}

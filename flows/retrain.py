@@ -187,11 +187,9 @@ def _replay(run: OpenRun, product: Product) -> None:
             run.tracker.image(f"preview/{index}", ref.sha256, int(step))
 
 
-def _checkpoints(trained: Product) -> list[Any]:
-    losses = {line["step"]: {name: value for name, value in line.items() if name != "step"}
-              for line in trained.facts["validation"]}
+def _checkpoints(trained: Product) -> list[tracking.Checkpoint]:
     steps = {int(name.removeprefix("adapter-")): ref for name, ref in trained.outputs.items() if name.startswith("adapter-")}
-    return [tracking.Checkpoint(step, ref.sha256, losses.get(step, {})) for step, ref in sorted(steps.items())]
+    return [tracking.Checkpoint(step, ref.sha256) for step, ref in sorted(steps.items())]
 
 
 def _mirror(run: OpenRun, result: StageResult, evaluation: str) -> None:

@@ -476,9 +476,10 @@ def heal(bench: Bench, *, url: str | None = None) -> list[tuple[str, str]]:
 
 
 def _import_mlflow() -> None:
+    """Import the client, quiet, and without its own retries: it would repeat a creation whose answer was lost."""
     for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("DO_NOT_TRACK", "true"),
-                        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"), ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0"),
-                        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"), ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+                        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+                        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
                         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")):
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401
@@ -496,10 +497,14 @@ def _reaching(url: str) -> Iterator[None]:
     """Turn whatever the client raises for a server that is away into the one error with the mend."""
     try:
         yield
-    except SafelightError:
-        raise
     except Exception as error:
-        raise ServiceUnavailable(f"MLflow at {url}: {_first_line(error)}; start it with `safelight up`") from error
+        from mlflow.exceptions import MlflowException
+
+        if getattr(error, "error_code", None) in REFUSALS:
+            raise StageFailed(f"MLflow at {url} refused the request: {_first_line(error)}") from error
+        if isinstance(error, MlflowException | OSError):  # requests' exceptions are OSErrors
+            raise ServiceUnavailable(f"MLflow at {url}: {_first_line(error)}; start it with `safelight up`") from error
+        raise
 
 
 def _known(workspace: Workspace, url: str | None) -> str:
@@ -664,9 +669,19 @@ def _kill_group(pid: int) -> None:
 
 
 def _register(request: RegistrationRequest) -> dict[str, Any]:
-    """The child's work; torch and diffusers are imported here."""
+    """The child's work, tried again after a request that was not answered; torch and diffusers are imported here."""
+    os.environ |= {"MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true", "MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}
+    for pause_s in (1, 5):
+        try:
+            return _register_once(request)
+        except ServiceUnavailable as error:
+            logger.warning("%s; trying again", error)
+            time.sleep(pause_s)
+    return _register_once(request)
+
+
+def _register_once(request: RegistrationRequest) -> dict[str, Any]:
     _import_mlflow()
-    os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
     import mlflow
 
     bench = Bench.open(Workspace(Path(request.home)))

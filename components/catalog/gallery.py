@@ -17,6 +17,7 @@ Role = Literal["base", "champion", "candidate"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
 Show = Literal["all", "unrated", "flagged"]
 
+
 @dataclass(frozen=True, slots=True)
 class EvaluationHead:
     """An evaluation as a list entry."""
@@ -45,6 +46,7 @@ class EvaluationDetail:
     axes: Axes
     gate: Gate
     metrics: tuple[Metric, ...]
+    copy_threshold: float  # a picture more similar than this to a training picture is a near copy
     adapter_sha256: str
 
 
@@ -104,12 +106,28 @@ def evaluation_detail(catalog: Catalog, key: str) -> EvaluationDetail | None:
         if row is None:
             return None
         evaluation = row[0]
-        return EvaluationDetail(_head(*row), _axes(session, key), parse_gate(evaluation.verdict),
-                                parse_metrics(evaluation.metrics), evaluation.adapter_sha256)
+        return EvaluationDetail(
+            _head(*row),
+            _axes(session, key),
+            parse_gate(evaluation.verdict),
+            parse_metrics(evaluation.metrics),
+            _copy_threshold(evaluation.metrics),
+            evaluation.adapter_sha256,
+        )
 
 
-def board(catalog: Catalog, key: str, *, reviewer: str, step: int | None = None, take: int | None = 1,
-          show: Show = "all", search: str = "", start: int = 0, prompts_per_page: int = 20) -> Board:
+def board(
+    catalog: Catalog,
+    key: str,
+    *,
+    reviewer: str,
+    step: int | None = None,
+    take: int | None = 1,
+    show: Show = "all",
+    search: str = "",
+    start: int = 0,
+    prompts_per_page: int = 20,
+) -> Board:
     """A page of an evaluation's board, beginning with prompt index `start`.
 
     `step` chooses the candidate's checkpoint (None: the last); `take` the n-th seed of each prompt (None: all
@@ -117,21 +135,35 @@ def board(catalog: Catalog, key: str, *, reviewer: str, step: int | None = None,
     """
     with catalog.read() as session:
         if step is None:
-            step = session.scalar(select(func.max(Generation.step)).where(
-                Generation.evaluation_key == key, Generation.role == "candidate"))
+            step = session.scalar(
+                select(func.max(Generation.step)).where(
+                    Generation.evaluation_key == key, Generation.role == "candidate"
+                )
+            )
         cells = _cells(key, step, take)
         wanted = select(cells.prompt_index).distinct().where(*_filters(cells, show, search, reviewer))
         total = session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        page = list(session.scalars(wanted.where(cells.prompt_index >= start).order_by(cells.prompt_index)
-                                    .limit(prompts_per_page + 1)))
-        before = list(session.scalars(wanted.where(cells.prompt_index < start).order_by(cells.prompt_index.desc())
-                                      .limit(prompts_per_page)))
+        page = list(
+            session.scalars(
+                wanted.where(cells.prompt_index >= start).order_by(cells.prompt_index).limit(prompts_per_page + 1)
+            )
+        )
+        before = list(
+            session.scalars(
+                wanted.where(cells.prompt_index < start).order_by(cells.prompt_index.desc()).limit(prompts_per_page)
+            )
+        )
         shown = page[:prompts_per_page]
-        rows = session.scalars(select(cells).where(cells.prompt_index.in_(shown))
-                               .order_by(cells.prompt_index, cells.seed)).all()
+        rows = session.scalars(
+            select(cells).where(cells.prompt_index.in_(shown)).order_by(cells.prompt_index, cells.seed)
+        ).all()
         said = standings(session, [row.id for row in rows], reviewer=reviewer)
-    return Board(_board_rows(rows, said), total, before[-1] if before else None,
-                 page[prompts_per_page] if len(page) > prompts_per_page else None)
+    return Board(
+        _board_rows(rows, said),
+        total,
+        before[-1] if before else None,
+        page[prompts_per_page] if len(page) > prompts_per_page else None,
+    )
 
 
 def _heads() -> Select[tuple[Evaluation, str | None]]:
@@ -139,20 +171,39 @@ def _heads() -> Select[tuple[Evaluation, str | None]]:
 
 
 def _head(evaluation: Evaluation, name: str | None) -> EvaluationHead:
-    return EvaluationHead(evaluation.key, evaluation.run_uid, name or "a run that is gone", evaluation.created_at,
-                          parse_gate(evaluation.verdict).decision)
+    return EvaluationHead(
+        evaluation.key,
+        evaluation.run_uid,
+        name or "a run that is gone",
+        evaluation.created_at,
+        parse_gate(evaluation.verdict).decision,
+    )
+
+
+def _copy_threshold(metrics: dict[str, Any]) -> float:
+    rate = metrics.get("copy_rate")
+    limit = rate.get("threshold") if isinstance(rate, dict) else None
+    return float(limit) if isinstance(limit, int | float) else float("inf")
 
 
 def _axes(session: Session, key: str) -> Axes:
     mine = Generation.evaluation_key == key
     found = session.execute(select(Generation.role, Generation.step).where(mine).distinct()).all()
     roles, champion_steps = {role for role, _ in found}, [step for role, step in found if role == "champion"]
-    per_prompt = (select(func.count(Generation.seed.distinct()).label("takes")).where(mine)
-                  .group_by(Generation.prompt_index).subquery())
+    per_prompt = (
+        select(func.count(Generation.seed.distinct()).label("takes"))
+        .where(mine)
+        .group_by(Generation.prompt_index)
+        .subquery()
+    )
     takes, prompts = session.execute(select(func.max(per_prompt.c.takes), func.count())).one()
-    return Axes(tuple(role for role in ROLES if role in roles),
-                tuple(sorted(step for role, step in found if role == "candidate")), takes or 0, prompts,
-                champion_steps[0] if champion_steps else None)
+    return Axes(
+        tuple(role for role in ROLES if role in roles),
+        tuple(sorted(step for role, step in found if role == "candidate")),
+        takes or 0,
+        prompts,
+        champion_steps[0] if champion_steps else None,
+    )
 
 
 def _cells(key: str, step: int | None, take: int | None) -> Any:
@@ -173,22 +224,39 @@ def _filters(cells: Any, show: Show, search: str, reviewer: str) -> list[ColumnE
         found += [cells.role == "candidate", func.coalesce(rated, 0) == 0]
     if show == "flagged":
         later = aliased(Review)
-        overruled = select(later.id).where(later.generation_id == Review.generation_id, later.kind == "flag",
-                                           later.reviewer == Review.reviewer, later.id > Review.id).exists()
-        found.append(select(Review.id).where(Review.generation_id == cells.id, Review.kind == "flag",
-                                             Review.value == 1, ~overruled).exists())
+        overruled = (
+            select(later.id)
+            .where(
+                later.generation_id == Review.generation_id,
+                later.kind == "flag",
+                later.reviewer == Review.reviewer,
+                later.id > Review.id,
+            )
+            .exists()
+        )
+        found.append(
+            select(Review.id)
+            .where(Review.generation_id == cells.id, Review.kind == "flag", Review.value == 1, ~overruled)
+            .exists()
+        )
     return found
 
 
 def _newest_value(cells: Any, kind: str, by: ColumnElement[bool]) -> Any:
-    return (select(Review.value).where(Review.generation_id == cells.id, Review.kind == kind, by)
-            .order_by(Review.id.desc()).limit(1).scalar_subquery())
+    return (
+        select(Review.value)
+        .where(Review.generation_id == cells.id, Review.kind == kind, by)
+        .order_by(Review.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
 
 
 def _board_rows(generations: Sequence[Generation], said: dict[int, Standing]) -> tuple[BoardRow, ...]:
     rows: dict[tuple[int, int], BoardRow] = {}
     for g in generations:
         row = rows.setdefault((g.prompt_index, g.seed), BoardRow(g.prompt_index, g.prompt, g.group, g.seed, {}))
-        row.shots[g.role] = Shot(g.id, g.role, g.step, g.seed, g.prompt, g.image_sha256, g.metrics,
-                                 said.get(g.id, Standing()))
+        row.shots[g.role] = Shot(
+            g.id, g.role, g.step, g.seed, g.prompt, g.image_sha256, g.metrics, said.get(g.id, Standing())
+        )
     return tuple(rows.values())

@@ -38,6 +38,7 @@ class Metric:
     high: float | None
     n: int | None
     better: str  # "lower", "higher" or "" when nobody said
+    against: str  # what the difference is to: "base", "champion", or "" when it is the candidate's own interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,6 @@ class LiveRun:
     stage: str | None
     done: int | None
     total: int | None
-    loss: float | None
-    preview: str | None  # sha256 of the newest preview picture
     finished_stages: tuple[str, ...]
     created_at: datetime
     heartbeat_at: datetime
@@ -190,8 +189,9 @@ def live_runs(catalog: Catalog) -> tuple[LiveRun, ...]:
     return tuple(_live(run, finished.get(run.run_uid, ())) for run in runs)
 
 
-def run_table(catalog: Catalog, *, before: str | None = None, limit: int = 20, name: str | None = None,
-              status: str | None = None) -> RunTable:
+def run_table(
+    catalog: Catalog, *, before: str | None = None, limit: int = 20, name: str | None = None, status: str | None = None
+) -> RunTable:
     """A page of runs, newest first: those with a uid below `before`, optionally of one name or status."""
     query = select(Run).order_by(Run.run_uid.desc()).limit(limit + 1)
     if before is not None:
@@ -219,14 +219,23 @@ def run_detail(catalog: Catalog, run_uid: str) -> RunDetail | None:
         if run is None:
             return None
         stages = session.scalars(select(StageRun).where(StageRun.run_uid == run_uid))
-        models = session.execute(select(ModelVersion.name, ModelVersion.version)
-                                 .where(ModelVersion.run_uid == run_uid).order_by(ModelVersion.version))
+        models = session.execute(
+            select(ModelVersion.name, ModelVersion.version)
+            .where(ModelVersion.run_uid == run_uid)
+            .order_by(ModelVersion.version)
+        )
         return RunDetail(
             row=_run_rows(session, [run])[0],
             stages=tuple(StageLine(s.stage, s.key, s.outcome, s.seconds, s.items, s.bytes) for s in stages),
-            host=run.host, git_commit=run.git_commit, heartbeat_at=run.heartbeat_at, progress=run.progress,
-            recipe=run.recipe, card=run.card, prefect_flow_run_id=run.prefect_flow_run_id,
-            mlflow_run_id=run.mlflow_run_id, snapshot_id=run.snapshot_id,
+            host=run.host,
+            git_commit=run.git_commit,
+            heartbeat_at=run.heartbeat_at,
+            progress=run.progress,
+            recipe=run.recipe,
+            card=run.card,
+            prefect_flow_run_id=run.prefect_flow_run_id,
+            mlflow_run_id=run.mlflow_run_id,
+            snapshot_id=run.snapshot_id,
             models=tuple((name, version) for name, version in models),
         )
 
@@ -258,13 +267,26 @@ def model_cards(catalog: Catalog, name: str, *, below: int | None = None, limit:
         versions = list(session.scalars(query))
         keys = [version.evaluation_key for version in versions]
         evaluations, thumbs = _evaluations(session, keys), _thumbs(session, keys)
-        cards = dict(session.execute(
-            select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))).all())
+        cards = dict(
+            session.execute(
+                select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))
+            ).all()
+        )
     return tuple(
-        ModelCard(v.name, v.version, tuple(map(str, v.aliases)), v.run_uid, v.evaluation_key, v.adapter_sha256,
-                  v.mlflow_uri, v.created_at, _gate(evaluations.get(v.evaluation_key)),
-                  _metrics(evaluations.get(v.evaluation_key)), thumbs.get(v.evaluation_key, ()),
-                  _files(cards.get(v.run_uid, {})))
+        ModelCard(
+            v.name,
+            v.version,
+            tuple(map(str, v.aliases)),
+            v.run_uid,
+            v.evaluation_key,
+            v.adapter_sha256,
+            v.mlflow_uri,
+            v.created_at,
+            _gate(evaluations.get(v.evaluation_key)),
+            _metrics(evaluations.get(v.evaluation_key)),
+            thumbs.get(v.evaluation_key, ()),
+            _files(cards.get(v.run_uid, {})),
+        )
         for v in versions
     )
 
@@ -272,7 +294,9 @@ def model_cards(catalog: Catalog, name: str, *, below: int | None = None, limit:
 def moves(catalog: Catalog, name: str, *, limit: int = 20) -> tuple[Move, ...]:
     """The newest decisions about a model, newest first."""
     with catalog.read() as session:
-        rows = session.scalars(select(Promotion).where(Promotion.name == name).order_by(Promotion.id.desc()).limit(limit))
+        rows = session.scalars(
+            select(Promotion).where(Promotion.name == name).order_by(Promotion.id.desc()).limit(limit)
+        )
         return tuple(Move(r.version, r.previous_version, r.decided_by, r.reason, r.created_at) for r in rows)
 
 
@@ -281,9 +305,15 @@ def parse_gate(verdict: Any) -> Gate:
     if not isinstance(verdict, dict):
         return Gate()
     reasons = verdict.get("reasons") or ()
-    return Gate(str(verdict.get("decision") or ""), tuple(
-        Reason(str(reason.get("outcome") or ""), str(reason.get("sentence") or reason.get("code") or ""))
-        if isinstance(reason, dict) else Reason("", str(reason)) for reason in reasons))
+    return Gate(
+        str(verdict.get("decision") or ""),
+        tuple(
+            Reason(str(reason.get("outcome") or ""), str(reason.get("sentence") or reason.get("code") or ""))
+            if isinstance(reason, dict)
+            else Reason("", str(reason))
+            for reason in reasons
+        ),
+    )
 
 
 def parse_metrics(document: Any) -> tuple[Metric, ...]:
@@ -297,9 +327,18 @@ def _metric(name: str, body: dict[str, Any]) -> Metric:
     difference = body.get("difference")
     difference = difference if isinstance(difference, dict) else {}
     n = body.get("n")
-    return Metric(name, _number(body.get("candidate")), _number(body.get("base")), _number(body.get("champion")),
-                  _number(difference.get("value")), _number(difference.get("low")), _number(difference.get("high")),
-                  n if isinstance(n, int) else None, str(body.get("better") or ""))
+    return Metric(
+        name,
+        _number(body.get("candidate")),
+        _number(body.get("base")),
+        _number(body.get("champion")),
+        _number(difference.get("value")),
+        _number(difference.get("low")),
+        _number(difference.get("high")),
+        n if isinstance(n, int) else None,
+        str(body.get("better") or ""),
+        against if (against := body.get("against")) in ("base", "champion") else "",
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -311,28 +350,56 @@ def _number(value: Any) -> float | None:
 
 def _live(run: Run, finished: Sequence[str]) -> LiveRun:
     progress = run.progress
-    return LiveRun(run.run_uid, run.name, run.kind, progress.get("stage"), progress.get("done"), progress.get("total"),
-                   _number(progress.get("loss")), progress.get("preview"), tuple(finished), run.created_at,
-                   run.heartbeat_at, now() - run.heartbeat_at > SILENT_AFTER)
+    return LiveRun(
+        run.run_uid,
+        run.name,
+        run.kind,
+        progress.get("stage"),
+        progress.get("done"),
+        progress.get("total"),
+        tuple(finished),
+        run.created_at,
+        run.heartbeat_at,
+        now() - run.heartbeat_at > SILENT_AFTER,
+    )
 
 
 def _run_rows(session: Session, runs: Sequence[Run]) -> tuple[RunRow, ...]:
     uids = [run.run_uid for run in runs]
-    keys = dict(session.execute(
-        select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")).all())
+    keys = dict(
+        session.execute(
+            select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")
+        ).all()
+    )
     evaluations = _evaluations(session, keys.values())
     thumbs = _thumbs(session, evaluations)
-    snapshots = {s.id: s for s in session.scalars(
-        select(Snapshot).where(Snapshot.id.in_([run.snapshot_id for run in runs if run.snapshot_id is not None])))}
+    snapshots = {
+        s.id: s
+        for s in session.scalars(
+            select(Snapshot).where(Snapshot.id.in_([run.snapshot_id for run in runs if run.snapshot_id is not None]))
+        )
+    }
     rows = []
     for run in runs:
         key = keys.get(run.run_uid)
         snapshot = snapshots.get(run.snapshot_id)
-        rows.append(RunRow(
-            run.run_uid, run.name, run.kind, run.status, run.created_at, run.ended_at, run.error,
-            snapshot.dataset if snapshot else None, snapshot.version if snapshot else None,
-            key if key in evaluations else None, _gate(evaluations.get(key)), _metrics(evaluations.get(key)),
-            thumbs.get(key, ())))
+        rows.append(
+            RunRow(
+                run.run_uid,
+                run.name,
+                run.kind,
+                run.status,
+                run.created_at,
+                run.ended_at,
+                run.error,
+                snapshot.dataset if snapshot else None,
+                snapshot.version if snapshot else None,
+                key if key in evaluations else None,
+                _gate(evaluations.get(key)),
+                _metrics(evaluations.get(key)),
+                thumbs.get(key, ()),
+            )
+        )
     return tuple(rows)
 
 
@@ -352,9 +419,11 @@ def _thumbs(session: Session, keys: Iterable[str | None]) -> dict[str | None, tu
     """The candidate's pictures of the first prompts at its last step, per evaluation."""
     rows = session.execute(
         select(Generation.evaluation_key, Generation.prompt_index, Generation.image_sha256, Generation.prompt)
-        .where(Generation.evaluation_key.in_(list(keys)), Generation.role == "candidate",
-               Generation.prompt_index < THUMBS)
-        .order_by(Generation.evaluation_key, Generation.prompt_index, Generation.step.desc(), Generation.seed))
+        .where(
+            Generation.evaluation_key.in_(list(keys)), Generation.role == "candidate", Generation.prompt_index < THUMBS
+        )
+        .order_by(Generation.evaluation_key, Generation.prompt_index, Generation.step.desc(), Generation.seed)
+    )
     first: dict[str, dict[int, Thumb]] = {}
     for key, index, sha256, prompt in rows:
         first.setdefault(key, {}).setdefault(index, Thumb(sha256, prompt))
@@ -365,17 +434,27 @@ def _newest_versions() -> Select[tuple[ModelVersion]]:
     return select(ModelVersion).order_by(ModelVersion.created_at.desc(), ModelVersion.version.desc()).limit(100)
 
 
-def _waiting(session: Session, version: ModelVersion, evaluations: dict[str | None, Evaluation],
-             thumbs: dict[str | None, tuple[Thumb, ...]]) -> Waiting:
+def _waiting(
+    session: Session,
+    version: ModelVersion,
+    evaluations: dict[str | None, Evaluation],
+    thumbs: dict[str | None, tuple[Thumb, ...]],
+) -> Waiting:
     candidate = (Generation.evaluation_key == version.evaluation_key, Generation.role == "candidate")
     pictures = session.scalar(select(func.count()).select_from(Generation).where(*candidate)) or 0
     reviewed = select(func.count(Review.generation_id.distinct())).join(Generation).where(*candidate, Review.value > 0)
     return Waiting(
-        version.name, version.version, version.run_uid, version.evaluation_key,
-        _gate(evaluations.get(version.evaluation_key)), version.created_at, pictures,
+        version.name,
+        version.version,
+        version.run_uid,
+        version.evaluation_key,
+        _gate(evaluations.get(version.evaluation_key)),
+        version.created_at,
+        pictures,
         session.scalar(reviewed.where(Review.kind == "stars")) or 0,
         session.scalar(reviewed.where(Review.kind == "flag")) or 0,
-        thumbs.get(version.evaluation_key, ()))
+        thumbs.get(version.evaluation_key, ()),
+    )
 
 
 def _files(card: dict[str, Any]) -> tuple[tuple[str, str], ...]:

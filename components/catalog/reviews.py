@@ -59,8 +59,16 @@ class Standing:
     comments: tuple[Comment, ...] = ()
 
 
-def append(catalog: Catalog, *, generation_id: int, reviewer: str, kind: str, value: int | None = None,
-           text: str | None = None, key: str) -> Act:
+def append(
+    catalog: Catalog,
+    *,
+    generation_id: int,
+    reviewer: str,
+    kind: str,
+    value: int | None = None,
+    text: str | None = None,
+    key: str,
+) -> Act:
     """Record an act. The same (reviewer, key) with the same body returns the first row and writes nothing.
 
     Raises BadInput for an impossible act, UnknownGeneration, ReviewConflict for a reused key with another body.
@@ -72,8 +80,14 @@ def append(catalog: Catalog, *, generation_id: int, reviewer: str, kind: str, va
             if (known := _recorded(session, reviewer, key)) is None:
                 if session.get(Generation, generation_id) is None:
                     raise UnknownGeneration(f"generation {generation_id} is not in the catalog; reload the page")
-                known = Review(generation_id=generation_id, reviewer=reviewer, kind=kind, value=value, text=text,
-                               idempotency_key=key)
+                known = Review(
+                    generation_id=generation_id,
+                    reviewer=reviewer,
+                    kind=kind,
+                    value=value,
+                    text=text,
+                    idempotency_key=key,
+                )
                 session.add(known)
                 session.flush()
             act = _act(known)

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ MAX_FILE_BYTES = 512 << 20  # a larger picture file is refused unread
 SAME_DRAWING = 0.98  # correlation of two 16 x 16 copies: recoded and rescaled drawings reach 0.99
 DRAWING_SIDE = 16
 CHUNK = 64  # images examined per commit: what a kill can cost
+WRITERS = 8  # a write waits for the disk, so several wait together
 INSERT_ROWS = 1000
 
 Facts = ImageFacts | Unreadable
@@ -169,7 +171,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
         raise BadInput(f"{first}; mend or remove the file, or set curation.strict=false")
     _prove_disjoint(bench.store, batch, dict(zip(usable, splits, strict=True)), curation, profile)
 
-    names = [component_name([members[j] for j in inside]) for inside in _inside(components)]
+    names = _component_names(members, components)
     rows = sorted((_sample_row(batch, i, name, side) for i, name, side in zip(usable, names, splits, strict=True)
                    if not batch.rejected(i)), key=lambda row: (row.split, row.file_name, row.sha256))
     manifest = bench.store.put(_parquet([asdict(row) for row in rows], MANIFEST_SCHEMA))
@@ -203,19 +205,23 @@ def _examine(bench: Bench, files: Sequence[ScannedFile], on_progress: OnProgress
     todo = [file for sha256, file in distinct.items() if not _is_done(bench.store, facts.get(sha256), file)]
     done, decoded, fresh = len(distinct) - len(todo), 0, {}
     on_progress(done, len(distinct))
-    for number, file in enumerate(todo, start=1):
-        known = facts.get(str(file.sha256))
-        data = _read(file)
-        if known is None:
-            known = fresh[str(file.sha256)] = examine(data) if data is not None else _too_large(file)
-            decoded += 1
-        if isinstance(known, ImageFacts) and data is not None:
-            bench.store.put(data)
-        if number % CHUNK == 0 or number == len(todo):
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for start in range(0, len(todo), CHUNK):
+            chunk, writes = todo[start : start + CHUNK], []
+            for file in chunk:
+                known = facts.get(str(file.sha256))
+                data = _read(file)
+                if known is None:
+                    known = fresh[str(file.sha256)] = examine(data) if data is not None else _too_large(file)
+                    decoded += 1
+                if isinstance(known, ImageFacts) and data is not None:
+                    writes.append(pool.submit(bench.store.put, data))
+            for write in writes:
+                write.result()
             _remember(bench, fresh)
             facts |= fresh
-            fresh = {}
-            on_progress(done + number, len(distinct))
+            done, fresh = done + len(chunk), {}
+            on_progress(done, len(distinct))
     return facts, decoded
 
 
@@ -420,12 +426,13 @@ def _lots(curation: CurationConfig) -> dict[str, Any]:
     return {"salt": curation.split_salt, "test_fraction": curation.test_fraction}
 
 
-def _inside(components: Sequence[int]) -> list[list[int]]:
-    """For each member, the members of its component."""
-    inside: dict[int, list[int]] = {}
-    for member, component in enumerate(components):
+def _component_names(members: Sequence[Member], components: Sequence[int]) -> list[str]:
+    """For each member, the name of its component."""
+    inside: dict[int, list[Member]] = {}
+    for member, component in zip(members, components, strict=True):
         inside.setdefault(component, []).append(member)
-    return [inside[component] for component in components]
+    names = {component: component_name(found) for component, found in inside.items()}
+    return [names[component] for component in components]
 
 
 def _prove_disjoint(store: Store, batch: _Batch, splits: Mapping[int, str], curation: CurationConfig,

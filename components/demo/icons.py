@@ -152,7 +152,8 @@ def _rounded_square() -> Image.Image:
 def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
     """Which icons the demo consists of; a function of the pictogram table and of the words the base knows.
 
-    Held out are HELD_OUT_CONCEPTS concepts whose every word is known, chosen by a salted hash, each in all colours.
+    `known_words` may hold whole names ("hot dog") too. Held out are HELD_OUT_CONCEPTS concepts that are known by name
+    or word by word, chosen by a salted hash, each in all colours.
     A training concept named after a held-out one ("open book" beside "book"), and a training glyph shaped like a
     held-out one, are left out.
     """
@@ -160,7 +161,7 @@ def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
     for pictogram in pictograms():
         by_concept.setdefault(pictogram.concept, []).append(pictogram)
     known = {word.lower() for word in known_words}
-    eligible = sorted((c for c in by_concept if set(c.split()) <= known), key=_lot)
+    eligible = sorted((c for c in by_concept if c in known or set(c.split()) <= known), key=_lot)
     held_out = list(islice(_without_namesakes(eligible), HELD_OUT_CONCEPTS))
     test = [by_concept[concept][0] for concept in held_out]
     unseen_shapes = [_shape(glyphs, pictogram) for pictogram in test]

@@ -68,7 +68,7 @@ def polynomial_kernel(x: Array, y: Array) -> Array:
 def distances(x: Array, y: Array) -> Array:
     """Euclidean distance of every pair, (n, m)."""
     if x.shape[1] <= EXACT_WIDTH:
-        return cdist(x, y)
+        return np.asarray(cdist(x, y), dtype=np.float64)
     centre: Array = y.mean(axis=0)  # moves no distance and shrinks rounding
     x, y = x - centre, y - centre
     norms = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)

@@ -43,14 +43,14 @@ def augment(pixels: Tensor, draw: Draw) -> Tensor:
     Half of the samples stay as they are up to a flip: the autoencoder must serve these, and learn edges and flat
     colours from the rest. pixels: (B, 3, H, W) in [-1, 1] on white. Same shape back.
     """
-    kind, *u = (draw.uniform(len(pixels), f"augment-{i}").float().view(-1, 1, 1, 1) for i in range(10))
+    kind, *u = (draw.uniform(len(pixels), f"augment-{i}").to(pixels).view(-1, 1, 1, 1) for i in range(10))
     flipped = torch.where(u[0] < 0.5, pixels.flip(-1), pixels)
     moved = _move(flipped, zoom=0.6 + 0.8 * u[1], shift=torch.cat([u[2], u[3]], dim=1).flatten(1) * 0.4 - 0.2)
     color = torch.cat([u[4], u[5], u[6]], dim=1) * 2 - 1  # (B, 3, 1, 1)
     recolored = torch.where(u[7] < 0.5, moved.roll(1, dims=1), moved.roll(2, dims=1))
     recolored = torch.where(u[8] < 0.25, -recolored, recolored)
     ink = ((1 - moved.amin(dim=1, keepdim=True)) * 2).clamp(0, 1)  # (B, 1, H, W), 0 on white paper
-    tile = _rounded_square(pixels.shape[-1])
+    tile = _rounded_square(pixels.shape[-1]).to(pixels)
     silhouette = ink * tile + (1 - ink) * (tile * color + (1 - tile))
     augmented = torch.where(kind < 0.65, moved, torch.where(kind < 0.8, recolored, silhouette))
     return torch.where(kind < 0.5, flipped, augmented)
@@ -60,7 +60,7 @@ def reconstruction_loss(model: AutoencoderKL, batch: PixelBatch, draw: Draw) -> 
     """L1 and image-gradient L1 over a pyramid, plus a light KL term; scalar."""
     pixels = augment(batch.pixels, draw)
     posterior = model.encode(pixels).latent_dist
-    latents = posterior.mean + posterior.std * draw.normal(posterior.mean.shape, "posterior")
+    latents = posterior.mean + posterior.std * draw.normal(posterior.mean.shape, "posterior").to(posterior.mean)
     reconstruction = model.decode(latents).sample
     kl = posterior.kl().mean() / pixels[0, 0].numel()
     return pyramid_loss(reconstruction, pixels) + KL_WEIGHT * kl
@@ -68,7 +68,7 @@ def reconstruction_loss(model: AutoencoderKL, batch: PixelBatch, draw: Draw) -> 
 
 def pyramid_loss(image: Tensor, target: Tensor) -> Tensor:
     """Mean over PYRAMID_LEVELS halvings of L1 + GRADIENT_WEIGHT * L1 of horizontal and vertical differences; scalar."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=image.device)
     for _ in range(PYRAMID_LEVELS):
         error = image - target
         dx, dy = error.diff(dim=-1), error.diff(dim=-2)
@@ -84,7 +84,7 @@ def psnr(model: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> float:
     pixels: (N, 3, H, W) in [-1, 1].
     """
     values = []
-    for chunk in pixels.split(batch_size):
+    for chunk in pixels.to(next(model.parameters()).device).split(batch_size):
         reconstruction = model.decode(model.encode(chunk).latent_dist.mean).sample.clamp(-1, 1)
         mse = (reconstruction - chunk).square().mean(dim=(1, 2, 3)) / 4  # on a range of [0, 1]
         values.append(-10 * mse.clamp_min(1e-10).log10())
@@ -97,7 +97,8 @@ def fold_latent_statistics(model: AutoencoderKL, pixels: Tensor, batch_size: int
 
     The stock pipeline knows one `scaling_factor` and no per-channel mean; afterwards neither is needed.
     """
-    means = torch.cat([model.encode(chunk).latent_dist.mean for chunk in pixels.split(batch_size)])
+    chunks = pixels.to(model.device).split(batch_size)
+    means = torch.cat([model.encode(chunk).latent_dist.mean for chunk in chunks])
     mean, std = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))  # (C,)
     channels = len(mean)
     quant, post_quant = model.quant_conv, model.post_quant_conv
@@ -110,7 +111,7 @@ def fold_latent_statistics(model: AutoencoderKL, pixels: Tensor, batch_size: int
 
 
 def _move(pixels: Tensor, zoom: Tensor, shift: Tensor) -> Tensor:
-    theta = torch.zeros(len(pixels), 2, 3)
+    theta = torch.zeros(len(pixels), 2, 3).to(pixels)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom.flatten()
     theta[:, :, 2] = shift
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from components.diffusion.draws import Draw
-from components.diffusion.objectives import Objective
+from components.diffusion.objectives import Objective, RectifiedFlow
+from components.diffusion.timesteps import stratified
 from components.training.captions import EMPTY_PROMPT, caption
-from components.training.pictures import Picture
+from components.training.order import epoch_order
+from components.training.pictures import Picture, Pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class TextToLatents(nn.Module):
     def prompt_embeds(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D) as the stock pipeline computes them: padded to the tokenizer's length, without a mask."""
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids)[0]
+        return self.text_encoder(tokens.input_ids.to(self.unet.device))[0]
 
     def forward(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
         return self.unet(x_t, timestep, encoder_hidden_states=prompt_embeds).sample
@@ -88,11 +90,24 @@ def denoising_loss(
     return objective.per_sample(model, batch.latents, model.prompt_embeds(prompts), draw).mean()
 
 
-def parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def encode(vae, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Latent means (N, C, h, w) of pixels (N, 3, H, W) in [-1, 1]."""
+def fixed_noise_loss(model: TextToLatents, rows: Sequence[Picture], latents: Tensor) -> float:
+    """Unweighted velocity error with the same noise and evenly spread times at every call: comparable over a run."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    t = stratified(torch.full((len(latents),), 0.5)).to(latents.device)
     with torch.no_grad():
-        return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(batch_size)])
+        prompt_embeds = model.prompt_embeds([f"{row.name}, {row.style} style" for row in rows])
+        return RectifiedFlow().at(model, latents, prompt_embeds, t, noise).mean().item()
+
+
+def probe_of(pictures: Pictures, latents: Tensor, size: int = 128) -> tuple[list[Picture], Tensor]:
+    """The first `size` pictures by hash, so that times, which are given by place, do not follow the emoji's order."""
+    order = epoch_order(0, 0, pictures.sample_ids)[:size]
+    return [pictures.rows[i] for i in order], latents[list(order)]
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
+    """Latent means (N, C, h, w) of pixels (N, 3, H, W) in [-1, 1], on the autoencoder's device."""
+    chunks = pixels.split(batch_size)
+    return torch.cat([vae.encode(chunk.to(vae.device)).latent_dist.mean for chunk in chunks])

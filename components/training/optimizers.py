@@ -1,6 +1,6 @@
 """Optimizers: AdamW from torch, and Muon for matrices and convolution kernels."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,3 +87,13 @@ class Muon(Optimizer):
         square.addcmul_(grad, grad, value=1 - beta2)
         denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+
+
+def muon_for(parameters: Mapping[str, nn.Parameter], learning_rate: float, *, exclude: Sequence[str]) -> Muon:
+    """Muon on matrices and kernels; AdamW on vectors, and on parameters whose name contains one of `exclude`."""
+    matrices = {n for n, p in parameters.items() if p.ndim > 1 and not any(part in n for part in exclude)}
+    return Muon(
+        [p for n, p in parameters.items() if n in matrices],
+        [p for n, p in parameters.items() if n not in matrices],
+        learning_rate,
+    )

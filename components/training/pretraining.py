@@ -10,26 +10,25 @@ Every stage resumes from its newest complete checkpoint.
 
 import argparse
 import json
-import logging
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads steal the cores that others need
 
 import torch
-from diffusers import AutoencoderKL
-from pydantic import BaseModel, Field
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from transformers import CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from components.diffusion.draws import Draw, Draws
 from components.diffusion.objectives import RectifiedFlow
-from components.diffusion.timesteps import logit_normal, stratified
+from components.diffusion.timesteps import logit_normal
 from components.errors import DamagedArtifact
 from components.evaluation.embedders import ImageNetEmbedder
 from components.training.assembly import assemble_pipeline, write_concepts
@@ -48,71 +47,42 @@ from components.training.denoiser import (
     TextToLatents,
     denoising_loss,
     encode,
+    fixed_noise_loss,
     new_text_encoder,
     new_unet,
+    probe_of,
 )
 from components.training.ema import ExponentialAverage
 from components.training.loop import StepReport, fit
-from components.training.optimizers import Muon
-from components.training.order import batches_from, epoch_order
-from components.training.pictures import Picture, Pictures, hash_fraction, read_pictures, to_unit
+from components.training.optimizers import muon_for
+from components.training.order import batches_from
+from components.training.pictures import Pictures, hash_fraction, read_pictures, to_unit
+from components.training.pretraining_config import Journal, PretrainConfig
 from components.training.schedules import learning_rate_at
 
-log = logging.getLogger(__name__)
+Stage = Literal["vae", "unet", "assemble", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 DIRECTIONAL = frozenset(  # words of drawings that mean something else when mirrored
     ("left", "right", "arrow", "arrows", "button", "check", "question", "note", "book", "page")
 )
 
 
-class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
-    """Sizes and schedules of the embedded base."""
-
-    seed: int = Field(0, description="Seed of weights, order, noise and augmentation.")
-    held_out: float = Field(0.04, ge=0, lt=1, description="Share of emoji kept from the autoencoder's training.")
-    held_out_styles: float = Field(0.03, ge=0, lt=1, description="Share of pictures kept from the denoiser's training.")
-    vae_steps: int = Field(1040, ge=1, description="Optimizer steps of the autoencoder.")
-    vae_batch_size: int = Field(16, ge=1)
-    vae_learning_rate: float = Field(4e-3, gt=0, description="Peak rate; Muon for kernels, AdamW for the rest.")
-    vocab_size: int = Field(2048, ge=512, description="Byte-level BPE, without the end-of-word bytes.")
-    max_prompt_tokens: int = Field(24, ge=8)
-    text_size: int = Field(192, description="Width of the text encoder.")
-    text_layers: int = Field(3, ge=1)
-    unet_channels: tuple[int, ...] = Field((96, 192), description="Widths of the U-Net at 8x8 and 4x4.")
-    unet_layers_per_block: int = Field(1, ge=1)
-    unet_steps: int = Field(1700, ge=1, description="Optimizer steps of text encoder and U-Net.")
-    unet_batch_size: int = Field(48, ge=1)
-    unet_learning_rate: float = Field(4e-3, gt=0, description="Peak rate.")
-    time_mean: float = Field(0.9, description="Mean logit of training times; positive: effort where shapes form.")
-    caption_dropout: float = Field(0.1, ge=0, lt=1, description="Share of captions left empty, for guidance.")
-    ema_decay: float = Field(0.996, gt=0, lt=1, description="Of the weights that are shipped.")
-    flip_share: float = Field(0.0, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning.")
-    warmup_steps: int = Field(30, ge=0)
-    checkpointing_steps: int = Field(50, ge=1)
-
-
-class Journal:
-    """Appends one JSON line per event; a resumed run goes on in the same file."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-
-    def __call__(self, **event: float) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"cpu_s": round(time.process_time(), 1), **event}) + "\n")
-
-
 def train_autoencoder(
-    pictures: Pictures, out: Path, config: PretrainConfig, should_stop: Callable[[], bool] = lambda: False
+    pictures: Pictures,
+    out: Path,
+    config: PretrainConfig,
+    *,
+    device: str = "cpu",
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> AutoencoderKL:
     """Train on all pictures but the held-out ones; when done, write `out/model` with normalised latents."""
     held_out = [hash_fraction(row.group) < config.held_out for row in pictures.rows]
     train, test = pictures.where(not h for h in held_out), pictures.where(held_out)
     test_pixels = to_unit(test.pixels)
     torch.manual_seed(config.seed)
-    model = new_autoencoder()
+    model = new_autoencoder().to(device)
     parameters = dict(model.named_parameters())
-    optimizer = _muon(parameters, config.vae_learning_rate, exclude=("conv_in", "conv_out.weight", "quant"))
+    optimizer = muon_for(parameters, config.vae_learning_rate, exclude=("conv_in", "conv_out.weight", "quant"))
     journal, start_step = Journal(out / "journal.jsonl"), 0
     if checkpoint := newest_checkpoint(out):
         model.load_state_dict(checkpoint.tensors["model"])
@@ -121,7 +91,7 @@ def train_autoencoder(
 
     def batches() -> Iterator[PixelBatch]:
         for index in batches_from(start_step, train.sample_ids, config.vae_batch_size, seed=config.seed):
-            yield PixelBatch(tuple(train.sample_ids[i] for i in index), to_unit(train.pixels[index]))
+            yield PixelBatch(tuple(train.sample_ids[i] for i in index), to_unit(train.pixels[index]).to(device))
 
     def on_step(report: StepReport) -> None:
         if report.step % 10 == 0:
@@ -150,11 +120,14 @@ def train_denoiser(
     vae: AutoencoderKL,
     out: Path,
     config: PretrainConfig,
+    *,
+    start: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TextToLatents:
     """Train text encoder and U-Net on the concrete pictures' latents; checkpoints in `out` hold the averages too.
 
-    The journal gets the training loss and, at checkpoints, the fixed-noise loss of the averaged weights on trained and
+    It runs on the device of `vae`. Without a checkpoint in `out` it begins with the weights of the pipeline folder
+    `start`, or with fresh ones. The journal gets the training loss and, at checkpoints, the fixed-noise loss of the averaged weights on trained and
     on held-out pictures (one style of an emoji whose other styles are trained on).
     """
     concrete = pictures.where(row.concrete for row in pictures.rows)
@@ -163,7 +136,10 @@ def train_denoiser(
     latents = encode(vae, to_unit(train.pixels))
     mirrored = encode(vae, to_unit(train.pixels.flip(-1)))
     torch.manual_seed(config.seed)
-    model, optimizer, ema = _new_denoiser(concrete, out, config)
+    model = _new_denoiser(concrete, out, config, start).to(vae.device)
+    parameters = dict(model.named_parameters())
+    optimizer = muon_for(parameters, config.unet_learning_rate, exclude=("embedding", "conv_in", "conv_out"))
+    ema = ExponentialAverage(parameters.items(), config.ema_decay)
     journal, start_step = Journal(out / "journal.jsonl"), 0
     if checkpoint := newest_checkpoint(out):
         model.load_state_dict(checkpoint.tensors["model"])
@@ -179,14 +155,13 @@ def train_denoiser(
             sample_ids, rows = tuple(train.sample_ids[i] for i in index), tuple(train.rows[i] for i in index)
             flip = draws(step, sample_ids).uniform(len(index), "flip") < config.flip_share
             flip &= torch.tensor([DIRECTIONAL.isdisjoint(row.name.split()) for row in rows])
-            yield CaptionedLatents(
-                sample_ids, rows, torch.where(flip.view(-1, 1, 1, 1), mirrored[index], latents[index])
-            )
+            chosen = torch.where(flip.view(-1, 1, 1, 1).to(latents.device), mirrored[index], latents[index])
+            yield CaptionedLatents(sample_ids, rows, chosen)
 
     def loss(batch: CaptionedLatents, draw: Draw) -> Tensor:
         return denoising_loss(model, objective, batch, draw, caption_dropout=config.caption_dropout)
 
-    probes = {"train": _probe(train, latents), "held_out": _probe(test, encode(vae, to_unit(test.pixels)))}
+    probes = {"train": probe_of(train, latents), "held_out": probe_of(test, encode(vae, to_unit(test.pixels)))}
 
     def on_step(report: StepReport) -> None:
         if report.step % 10 == 0:
@@ -217,93 +192,93 @@ def averaged_denoiser(concrete: Pictures, out: Path, config: PretrainConfig) -> 
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
         raise DamagedArtifact(f"{out}: no complete checkpoint; run the unet stage first")
-    model, _, _ = _new_denoiser(concrete, out, config)
+    model = _new_denoiser(concrete, out, config, start=None)
     model.load_state_dict(checkpoint.tensors["model"] | checkpoint.tensors["ema"])
     return model.eval()
 
 
-def fixed_noise_loss(model: TextToLatents, rows: Sequence[Picture], latents: Tensor) -> float:
-    """Unweighted velocity error with the same noise and evenly spread times at every call: comparable over a run."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(latents.shape, generator=generator)
-    t = stratified(torch.full((len(latents),), 0.5))
-    with torch.no_grad():
-        prompt_embeds = model.prompt_embeds([f"{row.name}, {row.style} style" for row in rows])
-        return RectifiedFlow().at(model, latents, prompt_embeds, t, noise).mean().item()
+def run_stage(
+    stage: Stage,
+    data: Path,
+    out: Path,
+    config: PretrainConfig,
+    *,
+    device: str = "cpu",
+    start: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run one stage on the image folder `data`; results and checkpoints go under `out`.
+
+    With `start`, a pipeline folder, the autoencoder is taken from there and the denoiser begins with its weights.
+    """
+    pictures = read_pictures(data)
+    concrete = pictures.where(row.concrete for row in pictures.rows)
+    if stage == "vae":
+        train_autoencoder(pictures, out / "vae", config, device=device, should_stop=should_stop)
+        return
+    vae = AutoencoderKL.from_pretrained(start / "vae" if start else out / "vae/model")
+    if stage == "unet":
+        train_denoiser(pictures, vae.to(device), out / "unet", config, start=start, should_stop=should_stop)
+    elif stage == "assemble":
+        assemble_pipeline(averaged_denoiser(concrete, out / "unet", config), vae, out / "pipeline")
+        write_concepts(concrete.rows, out / "concepts.json")
+    else:
+        held_out = pictures.where(hash_fraction(row.group) < config.held_out for row in pictures.rows)
+        figures = evaluate_base(out / "pipeline", concrete, held_out, ImageNetEmbedder(), out / "evaluation")
+        journals = {stage: out / stage / "journal.jsonl" for stage in ("vae", "unet")}
+        draw_curves({k: path for k, path in journals.items() if path.is_file()}, out / "evaluation/curves.png")
+        print(json.dumps(figures), flush=True)
 
 
-def _probe(pictures: Pictures, latents: Tensor, size: int = 128) -> tuple[list[Picture], Tensor]:
-    """The first `size` pictures by hash, so that times, which are given by place, do not follow the emoji's order."""
-    order = epoch_order(0, 0, pictures.sample_ids)[:size]
-    return [pictures.rows[i] for i in order], latents[list(order)]
-
-
-def _new_denoiser(
-    concrete: Pictures, out: Path, config: PretrainConfig
-) -> tuple[TextToLatents, Optimizer, ExponentialAverage]:
+def _new_denoiser(concrete: Pictures, out: Path, config: PretrainConfig, start: Path | None) -> TextToLatents:
     tokenizer_dir = out / "tokenizer"
+    if start:
+        tokenizer = CLIPTokenizer.from_pretrained(start / "tokenizer")
+        tokenizer.save_pretrained(tokenizer_dir)
+        return TextToLatents(
+            tokenizer,
+            CLIPTextModel.from_pretrained(start / "text_encoder"),
+            UNet2DConditionModel.from_pretrained(start / "unet"),
+        )
     if tokenizer_dir.is_dir():
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
     else:
         tokenizer = train_tokenizer(
-            all_captions(concrete.rows), tokenizer_dir,
-            vocab_size=config.vocab_size, max_length=config.max_prompt_tokens,
-        )  # fmt: skip
+            all_captions(concrete.rows),
+            tokenizer_dir,
+            vocab_size=config.vocab_size,
+            max_length=config.max_prompt_tokens,
+        )
     text_encoder = new_text_encoder(tokenizer, config.text_size, config.text_layers)
     unet = new_unet(
         config.unet_channels, config.unet_layers_per_block, config.text_size, latent_channels=8, sample_size=8
     )
-    model = TextToLatents(tokenizer, text_encoder, unet)
-    parameters = dict(model.named_parameters())
-    optimizer = _muon(parameters, config.unet_learning_rate, exclude=("embedding", "conv_in", "conv_out"))
-    return model, optimizer, ExponentialAverage(parameters.items(), config.ema_decay)
-
-
-def _muon(parameters: dict[str, nn.Parameter], learning_rate: float, exclude: tuple[str, ...]) -> Muon:
-    """Muon on kernels and matrices, AdamW on vectors and on names that contain one of `exclude`."""
-    matrices = {n for n, p in parameters.items() if p.ndim > 1 and not any(part in n for part in exclude)}
-    return Muon(
-        [p for n, p in parameters.items() if n in matrices],
-        [p for n, p in parameters.items() if n not in matrices],
-        learning_rate,
-    )
+    return TextToLatents(tokenizer, text_encoder, unet)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="image folder written by components.demo.emoji")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and results")
-    parser.add_argument("--stage", choices=("vae", "unet", "assemble", "evaluate"), default=None)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stage", choices=STAGES, help="one stage; without it all of them")
+    parser.add_argument("--start", type=Path, help="pipeline folder to go on from instead of fresh weights")
+    parser.add_argument("--config", type=Path, help="JSON file with fields of PretrainConfig that differ")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    stopped = False
-
-    def stop(*_) -> None:
-        nonlocal stopped
-        stopped = True
-
-    signal.signal(signal.SIGTERM, stop)
-    config = PretrainConfig()
-    pictures = read_pictures(arguments.data)
-    if arguments.stage in (None, "vae"):
-        train_autoencoder(pictures, arguments.out / "vae", config, lambda: stopped)
-    if arguments.stage in (None, "unet"):
-        vae = AutoencoderKL.from_pretrained(arguments.out / "vae/model")
-        train_denoiser(pictures, vae, arguments.out / "unet", config, lambda: stopped)
-    concrete = pictures.where(row.concrete for row in pictures.rows)
-    if arguments.stage in (None, "assemble"):
-        vae = AutoencoderKL.from_pretrained(arguments.out / "vae/model")
-        model = averaged_denoiser(concrete, arguments.out / "unet", config)
-        assemble_pipeline(model, vae, arguments.out / "pipeline")
-        write_concepts(concrete.rows, arguments.out / "concepts.json")
-    if arguments.stage in (None, "evaluate"):
-        held_out = pictures.where(hash_fraction(row.group) < config.held_out for row in pictures.rows)
-        out = arguments.out / "evaluation"
-        figures = evaluate_base(arguments.out / "pipeline", concrete, held_out, ImageNetEmbedder(), out)
-        draw_curves({stage: arguments.out / stage / "journal.jsonl" for stage in ("vae", "unet")}, out / "curves.png")
-        print(json.dumps(figures, indent=2))
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    changes = json.loads(arguments.config.read_text(encoding="utf-8")) if arguments.config else {}
+    config = PretrainConfig.model_validate(changes)
+    stages: tuple[Stage, ...] = (arguments.stage,) if arguments.stage else STAGES[1 if arguments.start else 0 :]
+    for stage in stages:
+        run_stage(
+            stage, arguments.data, arguments.out, config,
+            device=arguments.device, start=arguments.start, should_stop=stopped.is_set,
+        )  # fmt: skip
+        if stopped.is_set():
+            sys.exit(143)
 
 
 if __name__ == "__main__":

@@ -16,37 +16,63 @@ LEAD = "Immutable versions of your collections. Sources are only read, never mov
 
 def show() -> None:
     desk = open_desk()
-    found = {version_name(snapshot.dataset, snapshot.version): snapshot
-             for snapshot in datasets.list_snapshots(desk.catalog)}
+    found = {
+        version_name(snapshot.dataset, snapshot.version): snapshot for snapshot in datasets.list_snapshots(desk.catalog)
+    }
     if not found:
-        draw(title("Datasets", LEAD),
-             notice("quiet", "No dataset yet.", "Point a recipe at a folder of pictures with captions: a .txt beside each "
-                    "picture, or one metadata.jsonl.", "safelight init", "safelight curate recipe.toml"))
+        draw(
+            title("Datasets", LEAD),
+            notice(
+                "quiet",
+                "No dataset yet.",
+                "Point a recipe at a folder of pictures with captions: a .txt beside each "
+                "picture, or one metadata.jsonl.",
+                "safelight init",
+                "safelight curate recipe.toml",
+            ),
+        )
         return
     draw(title("Datasets", LEAD))
     with st.container(horizontal=True, vertical_alignment="top", key="dataset-tools"):
-        chosen = st.selectbox("version", tuple(found), key="snapshot", bind="query-params", width=280, on_change=_to_start)
+        chosen = st.selectbox(
+            "version", tuple(found), key="snapshot", bind="query-params", width=280, on_change=_to_start
+        )
         snapshot = found[chosen]
-        pile = st.segmented_control("files", PILES, default="kept", required=True, key="pile", bind="query-params",
-                                    on_change=_to_start)
+        pile = st.segmented_control(
+            "files", PILES, default="kept", required=True, key="pile", bind="query-params", on_change=_to_start
+        )
         decision = "reject" if pile == "rejected" else "flag"
-        counts = {count.check: count.files for count in datasets.verdict_counts(desk.catalog, snapshot.id)
-                  if count.decision == decision}
+        counts = {
+            count.check: count.files
+            for count in datasets.verdict_counts(desk.catalog, snapshot.id)
+            if count.decision == decision
+        }
         check = ANY
         if counts:
             check = st.selectbox(
-                "reason" if pile == "rejected" else "flags", (ANY, *counts), key=f"check-{pile}", width=240, on_change=_to_start,
-                format_func=lambda c: "all" if c == ANY else f"{check_name(c)} · {counts[c]:,}".replace(",", " "))
+                "reason" if pile == "rejected" else "flags",
+                (ANY, *counts),
+                key=f"check-{pile}",
+                width=240,
+                on_change=_to_start,
+                format_func=lambda c: "all" if c == ANY else f"{check_name(c)} · {counts[c]:,}".replace(",", " "),
+            )
     draw(_facts(snapshot))
     after = whole(st.query_params.get("after"), -1)
-    page = datasets.items_page(desk.catalog, snapshot.id, kept=pile == "kept", check=None if check == ANY else check,
-                               after=after)
+    page = datasets.items_page(
+        desk.catalog, snapshot.id, kept=pile == "kept", check=None if check == ANY else check, after=after
+    )
     if page.items:
         verdicts = datasets.verdicts_of(desk.catalog, snapshot.id, [item.ordinal for item in page.items])
         show_items(desk, page.items, verdicts, key=f"items-{snapshot.id}-{pile}")
     else:
-        draw(notice("quiet", "Nothing was rejected." if pile == "rejected" else "No file matches.",
-                    "Every file of this version passed." if pile == "rejected" else "Choose another flag or version."))
+        draw(
+            notice(
+                "quiet",
+                "Nothing was rejected." if pile == "rejected" else "No file matches.",
+                "Every file of this version passed." if pile == "rejected" else "Choose another flag or version.",
+            )
+        )
     same = {"snapshot": chosen, "pile": pile}
     pages = [link("← first page", address("datasets", **same))] if after >= 0 else []
     pages += [link("next page →", address("datasets", after=page.after, **same))] if page.after is not None else []
@@ -59,12 +85,19 @@ def _to_start() -> None:
 
 def _facts(snapshot: SnapshotRow) -> Markup:
     pairs: list[tuple[str, str | Markup]] = [
-        ("frozen", ago(snapshot.created_at)), ("kept", plural(snapshot.kept, "file")),
-        ("rejected", plural(snapshot.rejected, "file"))]
+        ("frozen", ago(snapshot.created_at)),
+        ("kept", plural(snapshot.kept, "file")),
+        ("rejected", plural(snapshot.rejected, "file")),
+    ]
     for name in ("splits", "licences"):
         counts = snapshot.profile.get(name)
         if isinstance(counts, dict):
-            pairs.append((name, ", ".join(f"{key or 'unknown'} {count:,}".replace(",", " ")
-                                          for key, count in list(counts.items())[:4])))
+            pairs.append(
+                (
+                    name,
+                    ", ".join(
+                        f"{key or 'unknown'} {count:,}".replace(",", " ") for key, count in list(counts.items())[:4]
+                    ),
+                )
+            )
     return facts([*pairs, ("digest", Markup("<code>{}</code>").format(snapshot.digest[:12]))])
-

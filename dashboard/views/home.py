@@ -5,7 +5,7 @@ from markupsafe import Markup
 
 from components.catalog import overview
 from components.catalog.overview import LiveRun, Waiting
-from dashboard.desk import Desk, address, mending, open_desk, services
+from dashboard.desk import Desk, address, mending, open_desk, services, trail
 from dashboard.markup import (
     ago,
     bar,
@@ -35,8 +35,15 @@ def show() -> None:
     if table.rows:
         draw(section("Latest runs", link("all runs", address("runs"))), run_lines(desk, table.rows))
     else:
-        draw(notice("quiet", "No run yet.", "Start one; it shows up here while it works.", "safelight demo",
-                    "safelight retrain recipe.toml"))
+        draw(
+            notice(
+                "quiet",
+                "No run yet.",
+                "Start one; it shows up here while it works.",
+                "safelight demo",
+                "safelight retrain recipe.toml",
+            )
+        )
 
 
 def _service_banner(desk: Desk) -> None:
@@ -44,8 +51,14 @@ def _service_banner(desk: Desk) -> None:
     away = [name for name, url in (("MLflow", found.mlflow_url), ("Prefect", found.prefect_url)) if not url]
     if away:
         verb = "is" if len(away) == 1 else "are"
-        draw(notice("wait", f"{' and '.join(away)} {verb} not running.",
-                    "Everything here can be read and reviewed; only links to it are missing.", "safelight up"))
+        draw(
+            notice(
+                "wait",
+                f"{' and '.join(away)} {verb} not running.",
+                "Everything here can be read and reviewed; only links to it are missing.",
+                "safelight up",
+            )
+        )
 
 
 @st.fragment(run_every=2)
@@ -53,32 +66,59 @@ def _live(desk: Desk) -> None:
     with mending():
         runs = overview.live_runs(desk.catalog)
         if runs:
-            draw(section("Running now", plural(len(runs), "run")),
-                 Markup('<div class="sl-running">{}</div>').format(Markup("").join(_live_card(desk, run) for run in runs)))
+            draw(
+                section("Running now", plural(len(runs), "run")),
+                Markup('<div class="sl-running">{}</div>').format(
+                    Markup("").join(_live_card(desk, run) for run in runs)
+                ),
+            )
 
 
 def _live_card(desk: Desk, run: LiveRun) -> Markup:
     rail = Markup("").join(
         Markup('<li class="{}">{}</li>').format(
-            "done" if stage in run.finished_stages else "now" if stage == run.stage else "", stage) for stage in STAGES)
+            "done" if stage in run.finished_stages else "now" if stage == run.stage else "", stage
+        )
+        for stage in STAGES
+    )
     facts = [f"{run.done:,} of {run.total:,}".replace(",", " ")] if run.total and run.done is not None else []
-    facts += [f"loss {number(run.loss)}"] if run.loss is not None else []
+    told = trail(desk, run.run_uid)
+    facts += [f"loss {number(told.loss)}"] if told.loss is not None and run.stage == "fine-tune" else []
+    step, previews = told.newest_previews()
     state = chip("no sign of life", "bad") if run.silent else chip("running", "live")
-    mend = (Markup("<p>Its heartbeat stopped {}. <code>safelight doctor</code> tells whether it still works.</p>")
-            .format(ago(run.heartbeat_at)) if run.silent else Markup(""))
-    preview = pictures([(desk.thumb(run.preview, 512), "newest preview")], "preview") if run.preview else Markup("")
-    return Markup('<article class="sl-card"><div class="sl-grow"><h3>{} {}</h3><ol class="sl-rail">{}</ol>{}'
-                  '<p class="sl-quiet">{} · started {}</p>{}</div>{}</article>').format(
-        link(run.name, address("runs", run=run.run_uid)), state, rail, bar(run.done, run.total),
-        " · ".join(facts) or (run.stage or "starting"), ago(run.created_at), mend, preview)
+    mend = (
+        Markup("<p>Its heartbeat stopped {}. <code>safelight doctor</code> tells whether it still works.</p>").format(
+            ago(run.heartbeat_at)
+        )
+        if run.silent
+        else Markup("")
+    )
+    drawn = pictures(((desk.thumb(sha256), f"preview at step {step}") for sha256 in previews[:8]), "preview")
+    return Markup(
+        '<article class="sl-card"><div class="sl-grow"><h3>{} {}</h3><ol class="sl-rail">{}</ol>{}'
+        '<p class="sl-quiet">{} · started {}</p>{}</div>{}</article>'
+    ).format(
+        link(run.name, address("runs", run=run.run_uid)),
+        state,
+        rail,
+        bar(run.done, run.total),
+        " · ".join(facts) or (run.stage or "starting"),
+        ago(run.created_at),
+        mend,
+        drawn,
+    )
 
 
 def _waiting(desk: Desk) -> None:
     found = overview.waiting(desk.catalog)
     draw(section("Waiting for you", plural(len(found), "candidate") if found else ""))
     if not found:
-        draw(Markup('<p class="sl-quiet">Nothing waits for a decision. A new candidate shows up here as soon as it is '
-                    "registered.</p>"))
+        draw(
+            Markup(
+                '<p class="sl-quiet">Nothing waits for a decision. A new candidate shows up here as soon as it is '
+                "registered.</p>"
+            )
+        )
     for item in found:
         draw(_waiting_card(desk, item))
 
@@ -88,11 +128,22 @@ def _waiting_card(desk: Desk, item: Waiting) -> Markup:
     thumbs = pictures((desk.thumb(thumb.image_sha256), thumb.prompt) for thumb in item.thumbs)
     flagged = f" · {plural(item.flagged, 'flag')}" if item.flagged else ""
     said = item.gate.reasons[0].sentence if item.gate.reasons else "The gate has not spoken."
-    return Markup('<article class="sl-card sl-wait-card"><div class="sl-grow"><h3>{} <small>version {}</small> {}</h3>'
-                  '<p>{}</p><p class="sl-quiet">{} of {} rated{} · registered {}</p>'
-                  '<a class="sl-button" href="{}">Review pictures</a></div><a href="{}" aria-label="review {}">{}</a>'
-                  "</article>").format(
-        link(item.name, address("models", model=item.name)), item.version, gate_chip(item.gate), said, item.rated,
-        item.pictures, flagged, ago(item.created_at), review, review, item.name, thumbs)
-
-
+    return Markup(
+        '<article class="sl-card sl-wait-card"><div class="sl-grow"><h3>{} <small>version {}</small> {}</h3>'
+        '<p>{}</p><p class="sl-quiet">{} of {} rated{} · registered {}</p>'
+        '<a class="sl-button" href="{}">Review pictures</a></div><a href="{}" aria-label="review {}">{}</a>'
+        "</article>"
+    ).format(
+        link(item.name, address("models", model=item.name)),
+        item.version,
+        gate_chip(item.gate),
+        said,
+        item.rated,
+        item.pictures,
+        flagged,
+        ago(item.created_at),
+        review,
+        review,
+        item.name,
+        thumbs,
+    )

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from components.catalog import overview
 from components.catalog.models import now
 from components.catalog.overview import RunDetail, RunRow
-from dashboard.desk import Desk, address, open_desk, services, version_name
+from dashboard.desk import Desk, address, open_desk, services, trail, version_name
 from dashboard.markup import (
     NOT_MEASURED,
     ago,
@@ -26,7 +26,6 @@ from dashboard.markup import (
     number,
     outside,
     pictures,
-    plural,
     reasons,
     section,
     size,
@@ -34,11 +33,18 @@ from dashboard.markup import (
     table,
     title,
 )
-from flows.journal import series
 
 ANY = "all"
 STATUSES = (ANY, "running", "completed", "failed", "stopped", "crashed")
-HEADLINES = ("kid", "prompt_match", "variety", "copy_rate")  # shown in the table, in this order, where measured
+CURVES = ("loss", "validation_ratio")
+HEADLINES = (
+    "kid",
+    "prompt_match",
+    "colour_match",
+    "style",
+    "variety",
+    "copy_rate",
+)  # shown in the table, in this order, where measured
 OUTCOMES = {"reused": "quiet", "produced": "good", "repaired": "wait"}
 
 
@@ -53,27 +59,47 @@ def show() -> None:
 
 def run_lines(desk: Desk, rows: Iterable[RunRow]) -> Markup:
     """Runs as table rows with pictures and headline metrics."""
-    return table(("run", "status", "data", "result", "candidate pictures", "gate"), (
-        (Markup("<b>{}</b><small>{} · {}</small>").format(link(row.name, address("runs", run=row.run_uid)),
-                                                        ago(row.created_at), _took(row)),
-         status_chip(row.status), _data(row), _headline(row),
-         _strip(desk, row), gate_chip(row.gate) if row.evaluation_key else Markup('<span class="sl-none">–</span>'))
-        for row in rows), "sl-runs")
+    return table(
+        ("run", "status", "data", "result", "candidate pictures", "gate"),
+        (
+            (
+                Markup("<b>{}</b><small>{} · {}</small>").format(
+                    link(row.name, address("runs", run=row.run_uid)), ago(row.created_at), _took(row)
+                ),
+                status_chip(row.status),
+                _data(row),
+                _headline(row),
+                _strip(desk, row),
+                gate_chip(row.gate) if row.evaluation_key else Markup('<span class="sl-none">–</span>'),
+            )
+            for row in rows
+        ),
+        "sl-runs",
+    )
 
 
 def _all(desk: Desk) -> None:
     draw(title("Runs", "Every execution, newest first."))
     names = overview.run_names(desk.catalog)
     if not names:
-        draw(notice("quiet", "No run yet.", "A recipe, a folder of captioned pictures, one command.", "safelight demo",
-                    "safelight init", "safelight retrain recipe.toml"))
+        draw(
+            notice(
+                "quiet",
+                "No run yet.",
+                "A recipe, a folder of captioned pictures, one command.",
+                "safelight demo",
+                "safelight init",
+                "safelight retrain recipe.toml",
+            )
+        )
         return
     with st.container(horizontal=True, key="run-tools"):
         name = st.selectbox("name", (ANY, *names), key="name", bind="query-params", width=240, on_change=_to_start)
         status = st.selectbox("status", STATUSES, key="status", bind="query-params", width=180, on_change=_to_start)
     before = st.query_params.get("before")
-    found = overview.run_table(desk.catalog, before=before, name=None if name == ANY else name,
-                               status=None if status == ANY else status)
+    found = overview.run_table(
+        desk.catalog, before=before, name=None if name == ANY else name, status=None if status == ANY else status
+    )
     if not found.rows:
         draw(notice("quiet", "No run matches.", "Choose another name or status."))
     else:
@@ -92,22 +118,39 @@ def _one(desk: Desk, run_uid: str) -> None:
     run = overview.run_detail(desk.catalog, run_uid)
     draw(Markup('<nav class="sl-crumb">{}</nav>').format(link("← all runs", address("runs"))))
     if run is None:
-        draw(title("No such run", ""), notice("quiet", "The catalog holds no run of this uid.",
-                                              "It may belong to another workspace.", "safelight runs"))
+        draw(
+            title("No such run", ""),
+            notice(
+                "quiet",
+                "The catalog holds no run of this uid.",
+                "It may belong to another workspace.",
+                "safelight runs",
+            ),
+        )
         return
     row = run.row
-    draw(title(row.name, Markup("{} {} {}").format(status_chip(row.status),
-                                                  gate_chip(row.gate) if row.evaluation_key else "", _actions(desk, run))))
+    draw(
+        title(
+            row.name,
+            Markup("{} {} {}").format(
+                status_chip(row.status), gate_chip(row.gate) if row.evaluation_key else "", _actions(desk, run)
+            ),
+        )
+    )
     if row.error:
         draw(notice("bad", f"The run {row.status}.", row.error, f"safelight logs {row.run_uid}"))
     draw(_facts(desk, run))
     if row.status == "running":
-        draw(section("Progress", str(run.progress.get("stage") or "")),
-             bar(run.progress.get("done"), run.progress.get("total")))
+        draw(
+            section("Progress", str(run.progress.get("stage") or "")),
+            bar(run.progress.get("done"), run.progress.get("total")),
+        )
     if row.thumbs:
         compare = address("compare", evaluation=row.evaluation_key)
-        draw(section("Candidate", link("compare with base and champion", compare)),
-             Markup('<a href="{}">{}</a>').format(compare, _strip(desk, row, "wide")))
+        draw(
+            section("Candidate", link("compare with base and champion", compare)),
+            Markup('<a href="{}">{}</a>').format(compare, _strip(desk, row, "wide")),
+        )
     if row.metrics:
         draw(section("Metrics", "held-out prompts, paired by prompt and seed"), metric_table(row.metrics))
     if row.gate.decision:
@@ -123,8 +166,11 @@ def _actions(desk: Desk, run: RunDetail) -> Markup:
     urls = run.card.get("urls")
     urls = urls if isinstance(urls, dict) else {}
     found = services(desk)
-    prefect = urls.get("prefect") or (f"{found.prefect_url}/runs/flow-run/{run.prefect_flow_run_id}"
-                                     if found.prefect_url and run.prefect_flow_run_id else "")
+    prefect = urls.get("prefect") or (
+        f"{found.prefect_url}/runs/flow-run/{run.prefect_flow_run_id}"
+        if found.prefect_url and run.prefect_flow_run_id
+        else ""
+    )
     mlflow = urls.get("mlflow") or found.mlflow_url
     links = [outside(name, str(url)) for name, url in (("MLflow", mlflow), ("Prefect", prefect)) if url]
     links += [link(f"{name} version {version}", address("models", model=name)) for name, version in run.models]
@@ -135,8 +181,15 @@ def _facts(desk: Desk, run: RunDetail) -> Markup:
     row = run.row
     pairs: list[tuple[str, str | Markup]] = [("started", ago(row.created_at)), ("took", _took(row))]
     if row.dataset:
-        pairs.append(("data", link(f"{row.dataset} · version {row.dataset_version}", address(
-            "datasets", snapshot=version_name(row.dataset, row.dataset_version or 0)))))
+        pairs.append(
+            (
+                "data",
+                link(
+                    f"{row.dataset} · version {row.dataset_version}",
+                    address("datasets", snapshot=version_name(row.dataset, row.dataset_version or 0)),
+                ),
+            )
+        )
     pairs += [("host", run.host), ("code", run.git_commit[:10] if run.git_commit else "not under git")]
     adapter = run.card.get("adapter")
     if isinstance(adapter, dict) and adapter.get("sha256"):
@@ -149,24 +202,51 @@ def _stages(run: RunDetail) -> Markup:
         return Markup('<p class="sl-quiet">No stage has finished yet.</p>')
     order = {"curate": 0, "cache": 1, "fine-tune": 2, "evaluate": 3, "register": 4}
     lines = sorted(run.stages, key=lambda line: order.get(line.stage, 9))
-    return table(("stage", "outcome", "time", "items", "bytes", "key"), (
-        (Markup("<b>{}</b>").format(line.stage), chip(line.outcome, OUTCOMES.get(line.outcome, "quiet")),
-         duration(line.seconds), f"{line.items:,}".replace(",", " "), size(line.bytes),
-         Markup("<code>{}</code>").format(line.key[:12])) for line in lines), "sl-numbers")
+    return table(
+        ("stage", "outcome", "time", "items", "bytes", "key"),
+        (
+            (
+                Markup("<b>{}</b>").format(line.stage),
+                chip(line.outcome, OUTCOMES.get(line.outcome, "quiet")),
+                duration(line.seconds),
+                f"{line.items:,}".replace(",", " "),
+                size(line.bytes),
+                Markup("<code>{}</code>").format(line.key[:12]),
+            )
+            for line in lines
+        ),
+        "sl-numbers",
+    )
 
 
 def _curves(desk: Desk, run: RunDetail) -> None:
-    journal = desk.workspace.run_dir(run.row.run_uid) / "journal.jsonl"
-    curves = series(journal) if journal.exists() else {}
-    shown = [(name, points) for name, points in curves.items() if len(points) > 1 and "loss" in name][:2]
-    if not shown:
-        return
-    draw(section("Curves", plural(len(shown), "series", "series")))
-    for column, (name, points) in zip(st.columns(len(shown)), shown, strict=True):
-        with column:
-            draw(Markup('<p class="sl-quiet">{}</p>').format(name))
-            st.line_chart({"step": [p[0] for p in points], "value": [p[1] for p in points]}, x="step", y="value",
-                          height=220)
+    told = trail(desk, run.row.run_uid)
+    shown = [name for name in CURVES if len(told.curves.get(name, ())) > 1]
+    if shown:
+        draw(section("Curves"))
+        for column, name in zip(st.columns(len(shown)), shown, strict=True):
+            points = told.curve(name)
+            with column:
+                draw(Markup('<p class="sl-quiet">{}</p>').format(metric_name(name)))
+                st.line_chart(
+                    {"step": [p[0] for p in points], "value": [p[1] for p in points]},
+                    x="step",
+                    y="value",
+                    y_label="",
+                    height=220,
+                )
+    if told.previews:
+        draw(section("Checkpoints", "the same prompts and seeds at every step"))
+        for step, by_key in sorted(told.previews.items(), reverse=True):
+            draw(
+                Markup('<div class="sl-step"><span>step {}</span>{}</div>').format(
+                    step,
+                    pictures(
+                        ((desk.thumb(sha256), f"{key} at step {step}") for key, sha256 in sorted(by_key.items())),
+                        "wide",
+                    ),
+                )
+            )
 
 
 def _took(row: RunRow) -> str:
@@ -185,9 +265,12 @@ def _headline(row: RunRow) -> str | Markup:
     chosen = [measured[name] for name in HEADLINES if name in measured] or list(row.metrics)
     if not chosen:
         return NOT_MEASURED
-    return Markup('<dl class="sl-mini">{}</dl>').format(Markup("").join(
-        Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(metric_name(metric.name), number(metric.candidate))
-        for metric in chosen[:3]))
+    return Markup('<dl class="sl-mini">{}</dl>').format(
+        Markup("").join(
+            Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(metric_name(metric.name), number(metric.candidate))
+            for metric in chosen[:3]
+        )
+    )
 
 
 def _strip(desk: Desk, row: RunRow, kind: str = "strip") -> Markup:

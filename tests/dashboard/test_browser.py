@@ -28,8 +28,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.services, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE_MS = 60_000
 
 
@@ -53,10 +60,25 @@ def site(filled: Seeded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SAFELIGHT_", "STREAMLIT_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SAFELIGHT_", "STREAMLIT_"))
+    }
     server = subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", "dashboard.asgi:app", "--host", "127.0.0.1", "--port", str(port),
-         "--log-level", "warning"], cwd=ROOT, env=environment | {"SAFELIGHT_HOME": str(home), "SAFELIGHT_REVIEWER": "Mia"})
+        [
+            sys.executable,
+            "-m",
+            "uvicorn",
+            "dashboard.asgi:app",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--log-level",
+            "warning",
+        ],
+        cwd=ROOT,
+        env=environment | {"SAFELIGHT_HOME": str(home), "SAFELIGHT_REVIEWER": "Mia"},
+    )
     try:
         _await_health(f"http://127.0.0.1:{port}/_stcore/health", server)
         yield Site(f"http://127.0.0.1:{port}", replace(filled, bench=Bench.open(Workspace(home))))
@@ -112,10 +134,10 @@ def _saved(tab: "playwright.Page") -> None:
 
 def test_a_star_key_is_stored_under_the_reviewers_name_and_survives_a_reload(tab: "playwright.Page", site: Site):
     _open_board(tab, site)
-    tab.wait_for_function("""() => {
-        const images = [...document.querySelectorAll('*')].flatMap(node => node.shadowRoot ? [...node.shadowRoot.querySelectorAll('.cell img')] : []);
-        return images.filter(image => image.complete && image.naturalWidth >= 200).length >= 6;
-    }""")
+    for place in range(6):
+        image = tab.locator(".cell img").nth(place)
+        image.evaluate("image => image.decode()")
+        assert image.evaluate("image => image.naturalWidth") == 256
     tab.locator(".cell").nth(2).focus()
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("ArrowDown")
@@ -131,7 +153,9 @@ def test_a_star_key_is_stored_under_the_reviewers_name_and_survives_a_reload(tab
     assert cell.locator(".star.on").count() == 4
 
 
-def test_hostile_captions_prompts_and_comments_are_text_and_nothing_outside_is_asked(tab: "playwright.Page", site: Site):
+def test_hostile_captions_prompts_and_comments_are_text_and_nothing_outside_is_asked(
+    tab: "playwright.Page", site: Site
+):
     asked: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
     _open_board(tab, site)
@@ -206,8 +230,14 @@ def test_every_page_fits_its_window(browser: "playwright.Browser", site: Site, w
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark")
     context.set_default_timeout(PATIENCE_MS)
     tab = context.new_page()
-    pages = {"home": "/", "datasets": "/datasets?pile=rejected", "runs": "/runs", "run": f"/runs?run={site.seeded.run_uid}",
-             "compare": "/compare?seed=2&step=400", "models": "/models"}
+    pages = {
+        "home": "/",
+        "datasets": "/datasets?pile=rejected",
+        "runs": "/runs",
+        "run": f"/runs?run={site.seeded.run_uid}",
+        "compare": "/compare?seed=2&step=400",
+        "models": "/models",
+    }
     for name, path in pages.items():
         tab.goto(site.url + path)
         tab.wait_for_selector(".cell img" if name == "compare" else ".sl-title")

@@ -59,8 +59,16 @@ def test_a_workspace_without_a_catalog_says_how_to_begin_and_stays_untouched(nam
     assert not workspace.home.exists()
 
 
-@pytest.mark.parametrize(("name", "says"), [("home", "No run yet"), ("datasets", "No dataset yet"), ("runs", "No run yet"),
-                                            ("compare", "No pictures to compare yet"), ("models", "No model is registered")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("home", "No run yet"),
+        ("datasets", "No dataset yet"),
+        ("runs", "No run yet"),
+        ("compare", "No pictures to compare yet"),
+        ("models", "No model is registered"),
+    ],
+)
 def test_an_empty_catalog_has_a_written_state(name: str, says: str, empty: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SAFELIGHT_HOME", str(empty))
     found = words(page(name))
@@ -68,10 +76,14 @@ def test_an_empty_catalog_has_a_written_state(name: str, says: str, empty: Path,
     assert "safelight " in found
 
 
-@pytest.mark.parametrize(("name", "content", "says", "mend"), [
-    *((name, b"", "another version of Safelight", "safelight up") for name in PAGES),
-    ("compare", b"no database " * 100, "file is damaged", "safelight doctor")])
-def test_a_broken_catalog_has_a_sentence_and_a_mend(name, content, says, mend, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "content", "says", "mend"),
+    [
+        *((name, b"", "another version of Safelight", "safelight up") for name in PAGES),
+        ("compare", b"no database " * 100, "file is damaged", "safelight doctor"),
+    ],
+)
+def test_a_broken_catalog_has_a_sentence_and_a_mend(name, content, says, mend, *, tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "catalog.db").write_bytes(content)
     monkeypatch.setenv("SAFELIGHT_HOME", str(tmp_path / "broken"))
@@ -108,8 +120,15 @@ def test_home_shows_the_live_run_what_waits_and_that_servers_are_away(home: Seed
 
 def test_a_run_page_shows_stages_metrics_gate_and_links(home: Seeded):
     found = words(page("runs", run=home.run_uid))
-    for part in ("fine-tune", "Prompt match", "[−0.029, −0.013]", "not measured", "near copy", "http://127.0.0.1:5000/#/runs/3",
-                 f"/compare?evaluation={home.evaluation_key}"):
+    for part in (
+        "fine-tune",
+        "Prompt match",
+        "[−0.029, −0.013]",
+        "not measured",
+        "near copy",
+        "http://127.0.0.1:5000/#/runs/3",
+        f"/compare?evaluation={home.evaluation_key}",
+    ):
         assert part in found
 
 
@@ -119,11 +138,19 @@ def test_a_failed_run_shows_its_error_and_where_the_log_is(home: Seeded):
     assert f"safelight logs {home.failed_run_uid}" in found
 
 
-@pytest.mark.parametrize(("name", "query", "says"), [
-    ("runs", {"run": "nobody"}, "No such run"), ("compare", {"evaluation": "nothing"}, "No such gallery"),
-    ("compare", {"from": "-1"}, "app-icons"), ("compare", {"from": "9" * 40}, "app-icons"),
-    ("compare", {"q": "zebra"}, "No prompt matches"), ("datasets", {"after": "x"}, "digest"),
-    ("models", {"below": "1"}, "Decisions"), ("runs", {"before": "0"}, "No run matches")])
+@pytest.mark.parametrize(
+    ("name", "query", "says"),
+    [
+        ("runs", {"run": "nobody"}, "No such run"),
+        ("compare", {"evaluation": "nothing"}, "No such gallery"),
+        ("compare", {"from": "-1"}, "app-icons"),
+        ("compare", {"from": "9" * 40}, "app-icons"),
+        ("compare", {"q": "zebra"}, "No prompt matches"),
+        ("datasets", {"after": "x"}, "digest"),
+        ("models", {"below": "1"}, "Decisions"),
+        ("runs", {"before": "0"}, "No run matches"),
+    ],
+)
 def test_an_address_that_leads_nowhere_has_a_written_state(home: Seeded, name: str, query: dict, says: str):
     assert says in words(page(name, **query))
 
@@ -159,7 +186,11 @@ def test_links_outside_are_http_only():
 
 
 def test_no_page_imports_torch_mlflow_or_prefect():
-    code = ("import sys, dashboard.asgi, dashboard.main\n"
-            "print([name for name in ('torch', 'mlflow', 'prefect', 'diffusers', 'transformers') if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    code = (
+        "import sys, dashboard.asgi, dashboard.main\n"
+        "print([name for name in ('torch', 'mlflow', 'prefect', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -24,8 +24,10 @@ def test_all_takes_give_one_row_per_seed(filled: Seeded):
 
 
 def test_a_step_changes_the_candidate_and_leaves_base_and_champion(filled: Seeded):
-    early, late = (gallery.board(filled.bench.catalog, filled.evaluation_key, reviewer="Mia", step=step).rows[0].shots
-                   for step in (200, None))
+    early, late = (
+        gallery.board(filled.bench.catalog, filled.evaluation_key, reviewer="Mia", step=step).rows[0].shots
+        for step in (200, None)
+    )
     assert (early["candidate"].step, late["candidate"].step) == (200, 600)
     assert early["base"] == late["base"]
     assert early["champion"] == late["champion"]
@@ -34,7 +36,9 @@ def test_a_step_changes_the_candidate_and_leaves_base_and_champion(filled: Seede
 def test_pages_of_a_board_follow_each_other_without_gap_or_overlap(filled: Seeded):
     start, seen = 0, []
     while start is not None:
-        board = gallery.board(filled.bench.catalog, filled.evaluation_key, reviewer="Mia", start=start, prompts_per_page=3)
+        board = gallery.board(
+            filled.bench.catalog, filled.evaluation_key, reviewer="Mia", start=start, prompts_per_page=3
+        )
         seen += [row.prompt_index for row in board.rows]
         start = board.next_from
     assert seen == list(range(8))
@@ -59,7 +63,9 @@ def test_unrated_and_flagged_follow_the_newest_acts(writable: Seeded):
     reviews.append(catalog, generation_id=flagged.id, reviewer="Jun", kind="flag", value=0, key="unflag-1")
     assert shown("flagged", take=None) == []
     unrated = shown("unrated", take=1)
-    reviews.append(catalog, generation_id=unrated[0].shots["candidate"].id, reviewer="Ana", kind="stars", value=5, key="rate-0001")
+    reviews.append(
+        catalog, generation_id=unrated[0].shots["candidate"].id, reviewer="Ana", kind="stars", value=5, key="rate-0001"
+    )
     assert [row.prompt_index for row in shown("unrated", take=1)] == [row.prompt_index for row in unrated[1:]]
 
 
@@ -105,6 +111,10 @@ def test_an_undecided_challenger_waits_with_its_review_counts(filled: Seeded):
 
 def test_models_come_newest_first_with_their_files(filled: Seeded):
     cards = overview.model_cards(filled.bench.catalog, "app-icons")
-    assert [(card.version, card.aliases) for card in cards] == [(3, ("challenger",)), (2, ("champion",)), (1, ("previous",))]
+    assert [(card.version, card.aliases) for card in cards] == [
+        (3, ("challenger",)),
+        (2, ("champion",)),
+        (1, ("previous",)),
+    ]
     assert cards[0].files[0][0] == "adapter file"
     assert [move.decided_by for move in overview.moves(filled.bench.catalog, "app-icons")] == ["Ana", "gate"]

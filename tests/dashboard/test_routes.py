@@ -53,22 +53,36 @@ def test_a_signature_is_for_one_picture_and_one_size(client: TestClient, seal: S
     sha256 = shot(writable).image_sha256
     url = seal.thumb_url(sha256, 256)
     other = "0" * 64
-    for wrong in (url[:-1] + ("A" if url[-1] != "A" else "B"), url.replace("/256.", "/512."), url.replace(sha256, other),
-                  url.partition("?")[0]):
+    for wrong in (
+        url[:-1] + ("A" if url[-1] != "A" else "B"),
+        url.replace("/256.", "/512."),
+        url.replace(sha256, other),
+        url.partition("?")[0],
+    ):
         assert client.get(wrong).status_code == 403
     assert client.get(seal.thumb_url(other, 256)).status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/thumb/xyz/256.webp?k=a", f"/thumb/{'A' * 64}/256.webp?k=a", f"/thumb/{'a' * 64}/300.webp?k=a",
-                                  "/thumb/..%2f..%2fcatalog.db/256.webp?k=a", f"/thumb/{'a' * 64}/256.webp.webp?k=a"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/thumb/xyz/256.webp?k=a",
+        f"/thumb/{'A' * 64}/256.webp?k=a",
+        f"/thumb/{'a' * 64}/300.webp?k=a",
+        "/thumb/..%2f..%2fcatalog.db/256.webp?k=a",
+        f"/thumb/{'a' * 64}/256.webp.webp?k=a",
+    ],
+)
 def test_an_address_that_names_no_object_is_not_found(client: TestClient, path: str):
     assert client.get(path).status_code == 404
 
 
 def test_addresses_live_through_the_next_calendar_week(seal: Seal):
     signature = seal.thumb_url("a" * 64, 256, today=MONDAY).partition("k=")[2]
-    allowed = {days: seal.thumb_allowed("a" * 64, 256, signature, today=MONDAY + timedelta(days=days))
-               for days in (-1, 0, 6, 7, 13, 14)}
+    allowed = {
+        days: seal.thumb_allowed("a" * 64, 256, signature, today=MONDAY + timedelta(days=days))
+        for days in (-1, 0, 6, 7, 13, 14)
+    }
     assert allowed == {-1: False, 0: True, 6: True, 7: True, 13: True, 14: False}
 
 
@@ -80,9 +94,18 @@ def test_damaged_and_unreadable_objects_are_not_found(client: TestClient, seal: 
         assert client.get(seal.thumb_url(sha256, 256)).status_code == 404
 
 
-@pytest.mark.parametrize(("source", "size", "expected"), [
-    ((64, 64), 256, (256, 256)), ((64, 48), 256, (256, 192)), ((100, 100), 256, (200, 200)), ((200, 200), 256, (200, 200)),
-    ((1000, 500), 256, (256, 128)), ((1, 1), 256, (256, 256)), ((64, 64), 512, (512, 512))])
+@pytest.mark.parametrize(
+    ("source", "size", "expected"),
+    [
+        ((64, 64), 256, (256, 256)),
+        ((64, 48), 256, (256, 192)),
+        ((100, 100), 256, (200, 200)),
+        ((200, 200), 256, (200, 200)),
+        ((1000, 500), 256, (256, 128)),
+        ((1, 1), 256, (256, 256)),
+        ((64, 64), 512, (512, 512)),
+    ],
+)
 def test_small_pictures_are_enlarged_by_whole_factors_and_large_ones_reduced(source, size, expected):
     with Image.open(BytesIO(encode(png(Image.new("RGB", source, "red")), size))) as image:
         assert image.size == expected
@@ -110,7 +133,11 @@ def test_the_key_is_made_once_and_readable_by_its_owner_alone(writable: Seeded):
 
 
 def post(client: TestClient, seal: Seal, body: object, *, reviewer: str = "Mia", **headers: str):
-    given = {"Origin": ORIGIN, "Content-Type": "application/json", "X-Safelight-Reviewer": seal.reviewer_token(reviewer)}
+    given = {
+        "Origin": ORIGIN,
+        "Content-Type": "application/json",
+        "X-Safelight-Reviewer": seal.reviewer_token(reviewer),
+    }
     return client.post("/api/events", content=json.dumps(body), headers=given | headers)
 
 
@@ -118,8 +145,15 @@ def test_a_review_is_stored_under_the_name_in_the_token(client: TestClient, seal
     body = {"generation": shot(writable).id, "kind": "stars", "value": 4, "text": None, "key": "abcdefgh"}
     answer = post(client, seal, body)
     assert answer.status_code == 200
-    assert answer.json() | {"id": 0} == {"id": 0, "reviewer": "Mia", "stars": 4, "flag": False, "mean": 4.0, "raters": 1,
-                                         "flags": 0}
+    assert answer.json() | {"id": 0} == {
+        "id": 0,
+        "reviewer": "Mia",
+        "stars": 4,
+        "flag": False,
+        "mean": 4.0,
+        "raters": 1,
+        "flags": 0,
+    }
     assert shot(writable).standing.my_stars == 4
 
 
@@ -133,14 +167,27 @@ def test_the_same_post_twice_is_one_review_and_another_body_conflicts(client: Te
 
 def test_a_comment_comes_back_word_for_word(client: TestClient, seal: Seal, writable: Seeded):
     text = "<b>too</b> dark ![](http://192.0.2.7/x.png)"
-    assert post(client, seal, {"generation": shot(writable).id, "kind": "comment", "text": text, "key": "abcdefgh"}).status_code == 200
+    assert (
+        post(
+            client, seal, {"generation": shot(writable).id, "kind": "comment", "text": text, "key": "abcdefgh"}
+        ).status_code
+        == 200
+    )
     assert [comment.text for comment in shot(writable).standing.comments] == [text]
 
 
-@pytest.mark.parametrize(("headers", "status"), [
-    ({"Origin": "http://evil.example"}, 403), ({"Origin": ""}, 403), ({"Origin": "null"}, 403),
-    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Content-Type": "text/plain"}, 415),
-    ({"X-Safelight-Reviewer": "Mia"}, 401), ({"X-Safelight-Reviewer": ""}, 401)])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"X-Safelight-Reviewer": "Mia"}, 401),
+        ({"X-Safelight-Reviewer": ""}, 401),
+    ],
+)
 def test_a_request_from_elsewhere_is_refused_and_stores_nothing(client, seal, writable, headers, status):
     body = {"generation": shot(writable).id, "kind": "stars", "value": 4, "key": "abcdefgh"}
     assert post(client, seal, body, **headers).status_code == status
@@ -152,14 +199,21 @@ def test_a_token_of_another_workspace_is_refused(client: TestClient, writable: S
     assert post(client, Seal(b"another key"), body).status_code == 401
 
 
-@pytest.mark.parametrize(("body", "status"), [
-    ([], 422), ("text", 422), ({}, 422), ({"generation": "1", "kind": "stars", "value": 1, "key": "abcdefgh"}, 422),
-    ({"generation": True, "kind": "stars", "value": 1, "key": "abcdefgh"}, 422),
-    ({"generation": 2**70, "kind": "stars", "value": 1, "key": "abcdefgh"}, 422),
-    ({"generation": 1, "kind": "stars", "value": 9, "key": "abcdefgh"}, 422),
-    ({"generation": 1, "kind": "stars", "value": 1, "key": "abcdefgh", "reviewer": "Ana"}, 422),
-    ({"generation": 10**9, "kind": "stars", "value": 1, "key": "abcdefgh"}, 404),
-    ({"generation": 1, "kind": "comment", "text": "x" * 9000, "key": "abcdefgh"}, 413)])
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ([], 422),
+        ("text", 422),
+        ({}, 422),
+        ({"generation": "1", "kind": "stars", "value": 1, "key": "abcdefgh"}, 422),
+        ({"generation": True, "kind": "stars", "value": 1, "key": "abcdefgh"}, 422),
+        ({"generation": 2**70, "kind": "stars", "value": 1, "key": "abcdefgh"}, 422),
+        ({"generation": 1, "kind": "stars", "value": 9, "key": "abcdefgh"}, 422),
+        ({"generation": 1, "kind": "stars", "value": 1, "key": "abcdefgh", "reviewer": "Ana"}, 422),
+        ({"generation": 10**9, "kind": "stars", "value": 1, "key": "abcdefgh"}, 404),
+        ({"generation": 1, "kind": "comment", "text": "x" * 9000, "key": "abcdefgh"}, 413),
+    ],
+)
 def test_a_malformed_review_is_refused_with_a_sentence(client, seal, body, status):
     answer = post(client, seal, body)
     assert answer.status_code == status

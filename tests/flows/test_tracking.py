@@ -430,9 +430,10 @@ def assert_logged(url: str, run_uid: str, registration: tracking.Registration) -
 @pytest.mark.services
 def test_a_new_champion_makes_the_old_one_previous_and_promoting_twice_changes_nothing(bench: Bench, mlflow_url: str):
     client, workspace = tracking._client(mlflow_url), bench.workspace
+    run = client.create_run(client.create_experiment("promoted", artifact_location="mlflow-artifacts:/promoted"))
     client.create_registered_model("promoted")
     for _ in range(2):
-        client.create_model_version("promoted", "mlflow-artifacts:/promoted/model")
+        client.create_model_version("promoted", f"{run.info.artifact_uri}/model", run.info.run_id)
     client.set_registered_model_alias("promoted", "challenger", "1")
     assert tracking.set_champion(workspace, "promoted", 1, url=mlflow_url) is None
     assert tracking.aliases(workspace, "promoted", url=mlflow_url) == {"champion": 1}
