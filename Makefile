@@ -2,9 +2,12 @@
 #   PYTHON    the interpreter that makes the environment, 3.11 or newer
 #   PIP_ARGS  more arguments for pip, such as the --index-url or --find-links that holds the torch build for your GPU
 #   TESTS     what `make test` runs, for example TESTS=tests/curation
+#   KILLS     how often `make soak` kills a run; SOAK is the folder that keeps its tally
 PYTHON ?= python3
 PIP_ARGS ?=
 TESTS ?= tests
+KILLS ?= 30
+SOAK ?= build/soak
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -41,7 +44,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -s --timeout=0
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest tests/soak -o python_files='soak_*.py' -s --timeout=0
+	$(BIN)/python -m tests.soak.kills --kills $(KILLS) --folder $(SOAK)
 
 # The dashboard's tests drive the distribution's Chromium; without one they are skipped and say so.
 browser:

@@ -11,6 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+MARKS = {"pass": "+", "hold": "?", "reject": "-"}  # of the gate's checks
 DASH = "–"
 
 
@@ -150,7 +151,7 @@ def show_card(reporter: Reporter, card: Mapping[str, Any]) -> None:
     if card.get("metrics"):
         reporter.say()
         reporter.table(
-            ("metric", "candidate", "base", "champion", "difference to base [95 %]", "better", "n"),
+            ("metric", "candidate", "base", "champion", "difference [95 %]", "better", "n"),
             [_metric_row(name, metric) for name, metric in card["metrics"].items()],
             right=("candidate", "base", "champion", "n"),
         )
@@ -158,7 +159,7 @@ def show_card(reporter: Reporter, card: Mapping[str, Any]) -> None:
     if gate and gate.get("decision"):
         reporter.say(f"\ngate      {gate['decision']}", "bold")
         for reason in gate.get("reasons") or []:
-            reporter.say(f"          {reason}")
+            reporter.say(f"          {MARKS[reason['outcome']]} {reason['sentence']}")
     model = card.get("model")
     if model and model.get("version"):
         aliases = ", ".join(model.get("aliases") or []) or "no alias"

@@ -177,8 +177,8 @@ class ModelCard:
     files: tuple[tuple[str, str], ...]  # (what, path) as the run card names them
 
 
-def live_runs(catalog: Catalog) -> tuple[LiveRun, ...]:
-    """Runs in state running, oldest first."""
+def live_runs(catalog: Catalog, *, at: datetime | None = None) -> tuple[LiveRun, ...]:
+    """Runs in state running, oldest first, as they look at a moment (default: now)."""
     with catalog.read() as session:
         runs = list(session.scalars(select(Run).where(Run.status == "running").order_by(Run.run_uid)))
         finished: dict[str, list[str]] = {}
@@ -186,7 +186,7 @@ def live_runs(catalog: Catalog) -> tuple[LiveRun, ...]:
             select(StageRun.run_uid, StageRun.stage).where(StageRun.run_uid.in_([run.run_uid for run in runs]))
         ):
             finished.setdefault(run_uid, []).append(stage)
-    return tuple(_live(run, finished.get(run.run_uid, ())) for run in runs)
+    return tuple(_live(run, finished.get(run.run_uid, ()), at or now()) for run in runs)
 
 
 def run_table(
@@ -348,7 +348,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _live(run: Run, finished: Sequence[str]) -> LiveRun:
+def _live(run: Run, finished: Sequence[str], at: datetime) -> LiveRun:
     progress = run.progress
     return LiveRun(
         run.run_uid,
@@ -360,7 +360,7 @@ def _live(run: Run, finished: Sequence[str]) -> LiveRun:
         tuple(finished),
         run.created_at,
         run.heartbeat_at,
-        now() - run.heartbeat_at > SILENT_AFTER,
+        at - run.heartbeat_at > SILENT_AFTER,
     )
 
 

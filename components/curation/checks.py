@@ -8,6 +8,7 @@ with score, threshold and a reason.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from components.curation.pixels import NOTES, WHITE, UnreadableImage, read_image
 
 EXAMINE_VERSION = 1
 REDUCED_SIDE = 256            # px; hashes and figures of a larger image are read off a copy with sides of at least this
+REDUCED_PIXELS = 2**20        # and of at most about this many pixels, however long and thin it is
 EDGE_SIDE = 64                # px, of the second look at sharpness
 PERCEIVED = np.array([0.241, 0.691, 0.068])   # of squared R, G, B in brightness, as cleanlab/cleanvision has it
 USUAL_MIN_SIDE = 200          # px, DataComp's filter; a base that trains on smaller pictures lowers it
@@ -151,7 +153,7 @@ def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts
     except UnreadableImage as error:
         return Unreadable(str(error))
     image = decoded.image
-    reduced = image.reduce(max(1, min(image.size) // REDUCED_SIDE))
+    reduced = image.reduce(max(1, min(image.size) // REDUCED_SIDE, isqrt(image.width * image.height // REDUCED_PIXELS)))
     grey = reduced.convert("L")
     rgb = np.asarray(reduced, dtype=np.float32)                          # (h, w, 3)
     red, green, blue = rgb.mean(axis=(0, 1), dtype=np.float64).round(3).tolist()

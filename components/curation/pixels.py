@@ -80,6 +80,7 @@ def read_image(data: bytes, background: tuple[int, int, int] = WHITE, *, max_pix
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             _require_size(image, max_pixels)
             notes = _header_notes(image)
+            _require_rows(image)
             image.load()
             turn, metadata_notes = _metadata(image)
             pixels, pixel_notes = _to_rgb(image, background)
@@ -111,6 +112,13 @@ def _require_size(image: Image.Image, max_pixels: int) -> None:
                               "scale it down to use it")
     if image.width < 1 or image.height < 1:
         raise UnreadableImage(f"its header says {image.width} x {image.height} pixels")
+
+
+def _require_rows(image: Image.Image) -> None:
+    """Pillow leaves rows black that a TIFF's header promises and no strip holds; every other decoder says so."""
+    tiles = getattr(image, "tile", ())
+    if image.format == "TIFF" and max((tile.extents[3] for tile in tiles), default=0) < image.height:
+        raise UnreadableImage(f"cut short or damaged: its header says {image.height} rows, its strips hold fewer")
 
 
 def _header_notes(image: Image.Image) -> list[str]:

@@ -98,7 +98,7 @@ def train_autoencoder(
             journal(step=report.step, loss=report.loss, grad_norm=report.grad_norm, lr=report.learning_rate)
 
     def on_checkpoint(steps: int) -> None:
-        journal(step=steps, psnr=psnr(model, test_pixels))
+        journal(step=steps, **({"psnr": psnr(model, test_pixels)} if test.rows else {}))
         save_checkpoint(out, steps, {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer)}, {})
 
     lr_at = learning_rate_at(
@@ -161,7 +161,9 @@ def train_denoiser(
     def loss(batch: CaptionedLatents, draw: Draw) -> Tensor:
         return denoising_loss(model, objective, batch, draw, caption_dropout=config.caption_dropout)
 
-    probes = {"train": probe_of(train, latents), "held_out": probe_of(test, encode(vae, to_unit(test.pixels)))}
+    probes = {"train": probe_of(train, latents)}
+    if test.rows:
+        probes["held_out"] = probe_of(test, encode(vae, to_unit(test.pixels)))
 
     def on_step(report: StepReport) -> None:
         if report.step % 10 == 0:
@@ -169,7 +171,8 @@ def train_denoiser(
 
     def on_checkpoint(steps: int) -> None:
         with ema.applied():
-            journal(step=steps, **{f"{name}_loss": fixed_noise_loss(model, *probe) for name, probe in probes.items()})
+            losses = {f"{name}_loss": fixed_noise_loss(model, *probe) for name, probe in probes.items()}
+        journal(step=steps, **losses)
         tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer), "ema": ema.tensors}
         save_checkpoint(out, steps, tensors, {"config": config.model_dump()})
 

@@ -23,7 +23,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     text_layers: int = Field(3, ge=1)
     unet_channels: tuple[int, ...] = Field((96, 192), description="Widths of the U-Net at 8x8 and 4x4.")
     unet_layers_per_block: int = Field(1, ge=1)
-    unet_steps: int = Field(1700, ge=1, description="Optimizer steps of text encoder and U-Net.")
+    unet_steps: int = Field(1780, ge=1, description="Optimizer steps of text encoder and U-Net.")
     unet_batch_size: int = Field(48, ge=1)
     unet_learning_rate: float = Field(4e-3, gt=0, description="Peak rate.")
     time_mean: float = Field(0.9, description="Mean logit of training times; positive: effort where shapes form.")

@@ -204,6 +204,16 @@ def test_a_file_that_is_cut_short_is_refused(form: str, share: float):
         decode(data[:int(len(data) * share)])
 
 
+def test_a_tiff_whose_header_promises_more_rows_than_it_holds_is_refused():
+    data = bytearray(encoded(picture(), "TIFF"))
+    directory = struct.unpack("<I", data[4:8])[0]
+    entries = [directory + 2 + 12 * i for i in range(struct.unpack_from("<H", data, directory)[0])]
+    [height] = [entry for entry in entries if struct.unpack_from("<H", data, entry)[0] == 257]
+    struct.pack_into("<I", data, height + 8, 48)
+    with pytest.raises(UnreadableImage, match="its header says 48 rows"):
+        decode(bytes(data))
+
+
 def test_floating_point_pixels_are_refused_with_what_to_do():
     with pytest.raises(UnreadableImage, match="save it with 8 or 16 bits"):
         decode(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))

@@ -108,7 +108,7 @@ def tab(browser: "playwright.Browser") -> Iterator["playwright.Page"]:
 
 
 def _await_health(url: str, server: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=1):

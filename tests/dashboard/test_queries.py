@@ -1,5 +1,7 @@
 """What the pages ask the catalog."""
 
+from datetime import timedelta
+
 import pytest
 
 from components.catalog import gallery, overview, reviews
@@ -100,7 +102,15 @@ def test_live_runs_carry_progress_and_the_stages_behind_them(filled: Seeded):
     (live,) = overview.live_runs(filled.bench.catalog)
     assert (live.run_uid, live.stage, live.done, live.total) == (filled.live_run_uid, "fine-tune", 366, 600)
     assert set(live.finished_stages) == {"curate", "cache"}
-    assert not live.silent
+
+
+def test_a_live_run_is_silent_when_its_heartbeat_stopped_minutes_ago(filled: Seeded):
+    (live,) = overview.live_runs(filled.bench.catalog)
+    silent = {
+        seconds: overview.live_runs(filled.bench.catalog, at=live.heartbeat_at + timedelta(seconds=seconds))[0].silent
+        for seconds in (0, 300, 301)
+    }
+    assert silent == {0: False, 300: False, 301: True}
 
 
 def test_an_undecided_challenger_waits_with_its_review_counts(filled: Seeded):
