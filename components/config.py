@@ -1,4 +1,4 @@
-"""The recipe: every setting of a retraining and every default, once. A TOML file, a flag or a variable fills these fields."""
+"""The recipe: every setting of a retraining and every default, once. TOML files, flags and variables only fill it."""
 
 import difflib
 import re
@@ -27,7 +27,9 @@ class DataConfig(Config):
 
 
 class CurationConfig(Config):
-    min_side: int | Literal["auto"] = Field("auto", description="Smallest side in pixels; auto: min(200, training size).")
+    min_side: int | Literal["auto"] = Field(
+        "auto", description="Smallest side in pixels; auto: min(200, training size)."
+    )
     max_aspect: float = Field(3.0, gt=1, description="Longest side over shortest side.")
     near_duplicates: bool = Field(True, description="Keep one of each group of near duplicates.")
     phash_distance: int = Field(6, ge=0, le=64, description="pHash bits in which near duplicates may differ.")
@@ -35,7 +37,9 @@ class CurationConfig(Config):
     colour_distance: float = Field(12.0, ge=0, description="Mean RGB distance (0-441) up to which colours are close.")
     min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are flagged.")
     strict: bool = Field(False, description="Stop at the first rejected file instead of recording a verdict.")
-    test_fraction: float = Field(0.1, ge=0, lt=1, description="Share of components held out where the data names no split.")
+    test_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Share of components held out where the data names no split."
+    )
     split_salt: str = Field("safelight", description="Seeds the hash that assigns components to splits.")
 
 
@@ -50,7 +54,8 @@ class TrainingConfig(Config):
     lora_alpha: float = Field(16.0, gt=0, description="Numerator of the scale.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Literal["attention", "attention-mlp", "all-linear", "all"] = Field(
-        "attention-mlp", description="Layers that take an adapter; all: convolutions too.")
+        "attention-mlp", description="Layers that take an adapter; all: convolutions too."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     optimizer: Literal["adamw"] = Field("adamw", description="Optimizer.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
@@ -62,10 +67,13 @@ class TrainingConfig(Config):
     train_batch_size: int = Field(16, ge=1, description="Samples in one forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes for one optimizer step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    resolution: int | Literal["auto"] = Field("auto", description="Training size in pixels; auto: the base model's own.")
+    resolution: int | Literal["auto"] = Field(
+        "auto", description="Training size in pixels; auto: the base model's own."
+    )
     seed: int = Field(42, ge=0, description="Seeds weights, order, noise and times.")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction"] = Field(
-        "auto", description="What the model predicts; auto: as the base's scheduler says.")
+        "auto", description="What the model predicts; auto: as the base's scheduler says."
+    )
     timestep_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="Density of training times.")
     snr_gamma: float | None = Field(None, gt=0, description="Min-SNR-gamma loss weighting (epsilon and v); none: off.")
     caption_dropout_rate: float = Field(0.1, ge=0, lt=1, description="Share of steps that see the empty prompt.")
@@ -78,7 +86,9 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
         if self.lr_warmup_steps > self.max_train_steps:
-            raise ValueError(f"lr_warmup_steps {self.lr_warmup_steps} is more than max_train_steps {self.max_train_steps}")
+            raise ValueError(
+                f"lr_warmup_steps {self.lr_warmup_steps} is more than max_train_steps {self.max_train_steps}"
+            )
         return self
 
 
@@ -89,7 +99,9 @@ class EvaluationConfig(Config):
     variety_seeds: int = Field(4, ge=2, description="Seeds for each variety prompt.")
     num_inference_steps: int = Field(25, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(4.0, ge=1, description="Classifier-free guidance; 1: off.")
-    scheduler: Literal["auto", "dpmsolver++", "ddim", "euler", "unipc"] = Field("auto", description="auto: the base's own.")
+    scheduler: Literal["auto", "dpmsolver++", "ddim", "euler", "unipc"] = Field(
+        "auto", description="auto: the base's own."
+    )
     embedder: str = Field("auto", description='Feature space of the metrics; auto: "imagenet", which is offline.')
     seed: int = Field(0, ge=0, description="First seed of the gallery.")
     batch_size: int = Field(20, ge=1, description="Micro-batch of generation, always full: bits depend on it.")
@@ -105,7 +117,9 @@ class EvaluationConfig(Config):
 
 
 class PromotionConfig(Config):
-    policy: Literal["review", "auto"] = Field("review", description="auto: the gate's promotion moves the champion alias.")
+    policy: Literal["review", "auto"] = Field(
+        "review", description="auto: the gate's promotion moves the champion alias."
+    )
     primary: str = Field("kid", description="Metric that decides; its better direction is the metric's own.")
     min_gain: float = Field(0.0, ge=0, description="The lower bound of the gain must exceed this.")
     prompt_match_margin: float = Field(0.05, ge=0, description="Loss of prompt match against the base that is allowed.")

@@ -74,11 +74,19 @@ class Bench:
         return cls(workspace.create(), Store(workspace.objects), Catalog(workspace.catalog_url))
 
 
-def ensure(bench: Bench, stage: str, key: str, produce: Callable[[], Product], *, run_uid: str | None = None,
-           still_there: Callable[[Product], bool] = lambda product: True) -> StageResult:
+def ensure(
+    bench: Bench,
+    stage: str,
+    key: str,
+    produce: Callable[[], Product],
+    *,
+    run_uid: str | None = None,
+    still_there: Callable[[Product], bool] = lambda product: True,
+) -> StageResult:
     """The committed result of `key`: reused when every object it names is intact, else produced and committed.
 
-    `still_there` checks what a stage keeps outside the store, such as a registered model version. Two callers with one key: the second waits for the first and adopts its result. The lock ends with its holder.
+    Two callers with one key: the second waits for the first and adopts its result. The lock ends with its holder.
+    `still_there` checks what a stage keeps outside the store, such as a registered model version.
     """
     started = time.monotonic()
     with FileLock(bench.workspace.locks / f"{key}.lock"):
@@ -89,8 +97,16 @@ def ensure(bench: Bench, stage: str, key: str, produce: Callable[[], Product], *
             outcome = "repaired" if committed else "produced"
             product = produce()
             manifest = bench.store.put(canonical_json({"stage": stage, "key": key} | asdict(product)))
-            results.commit(bench.catalog, key=key, stage=stage, version=STAGE_VERSIONS[stage], manifest=manifest,
-                           items=product.items, seconds=time.monotonic() - started, run_uid=run_uid)
+            results.commit(
+                bench.catalog,
+                key=key,
+                stage=stage,
+                version=STAGE_VERSIONS[stage],
+                manifest=manifest,
+                items=product.items,
+                seconds=time.monotonic() - started,
+                run_uid=run_uid,
+            )
     return StageResult(stage, key, outcome, time.monotonic() - started, product)
 
 

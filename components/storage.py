@@ -52,6 +52,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o644)  # mkstemp's 0600 would keep a team from reading what one of them made
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -116,7 +117,9 @@ class Store:
         try:
             data = self.path(sha256).read_bytes()
         except FileNotFoundError:
-            raise DamagedArtifact(f"object {sha256} is gone from {self.root}; run the stage that made it again") from None
+            raise DamagedArtifact(
+                f"object {sha256} is gone from {self.root}; run the stage that made it again"
+            ) from None
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DamagedArtifact(f"object {sha256} in {self.root} was altered; run the stage that made it again")
         return data

@@ -70,7 +70,15 @@ class Workspace:
 
     def create(self) -> "Workspace":
         """Make the folders that exist in every workspace."""
-        for folder in (self.objects, self.locks, self.exports, self.logs, self.thumbs, self.prefect_home,
-                       self.mlflow_artifacts, self.home / "runs"):
+        for folder in (
+            self.objects,
+            self.locks,
+            self.exports,
+            self.logs,
+            self.thumbs,
+            self.prefect_home,
+            self.mlflow_artifacts,
+            self.home / "runs",
+        ):
             folder.mkdir(parents=True, exist_ok=True)
         return self

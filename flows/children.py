@@ -39,7 +39,9 @@ class TorchChild:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def ask(self, request: dict[str, Any], on_event: Callable[[dict[str, Any]], None]) -> Product:
@@ -64,8 +66,11 @@ class TorchChild:
             match event["event"]:
                 case "result":
                     product = event["product"]
-                    return Product({name: ObjectRef(**ref) for name, ref in product["outputs"].items()},
-                                   product["facts"], product["items"])
+                    return Product(
+                        {name: ObjectRef(**ref) for name, ref in product["outputs"].items()},
+                        product["facts"],
+                        product["items"],
+                    )
                 case "error":
                     raise getattr(errors, event["type"], StageFailed)(event["message"])
                 case _:
@@ -82,14 +87,25 @@ class TorchChild:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             threads = str(thread_count())
-            environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": threads,
-                                        "TOKENIZERS_PARALLELISM": "false", "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
-                                        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+            environment = os.environ | {
+                "OMP_NUM_THREADS": threads,
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "MKL_NUM_THREADS": threads,
+                "TOKENIZERS_PARALLELISM": "false",
+                "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            }
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             with self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "components.training.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=log, text=True, env=environment, start_new_session=True)
+                    [sys.executable, "-m", "components.training.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,
+                )
             self._lines = queue.Queue()
             threading.Thread(target=_pump, args=(self._process, self._lines), daemon=True).start()
         return self._process
@@ -97,8 +113,10 @@ class TorchChild:
     def _died(self, stage: str) -> StageFailed:
         code = self._process.wait() if self._process else None
         tail = self._log_path.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]
-        return StageFailed(f"{stage}: the torch process ended with code {code}: {' | '.join(tail) or 'no output'}; "
-                           "run the same command to continue")
+        return StageFailed(
+            f"{stage}: the torch process ended with code {code}: {' | '.join(tail) or 'no output'}; "
+            "run the same command to continue"
+        )
 
     def close(self) -> None:
         """End the child and whatever it started: SIGTERM, time to save, SIGKILL."""

@@ -9,21 +9,36 @@ from components.stages import Bench, committed, stage_key
 
 def fine_tune_key(recipe: Recipe, base: BaseModel, snapshot: str) -> str:
     size = training_size(base, recipe.training)
-    return stage_key("fine-tune", inputs={"cache": cache_key(snapshot, base, size), "base": base.digest},
-                     config=recipe.training.model_dump(mode="json"))
+    return stage_key(
+        "fine-tune",
+        inputs={"cache": cache_key(snapshot, base, size), "base": base.digest},
+        config=recipe.training.model_dump(mode="json"),
+    )
 
 
-def evaluate_key(recipe: Recipe, base: BaseModel, snapshot: str, *, adapter_sha256: str, champion_sha256: str | None) -> str:
+def evaluate_key(
+    recipe: Recipe, base: BaseModel, snapshot: str, *, adapter_sha256: str, champion_sha256: str | None
+) -> str:
     return stage_key(
         "evaluate",
-        inputs={"snapshot": snapshot, "base": base.digest, "fine-tune": fine_tune_key(recipe, base, snapshot),
-                "adapter": adapter_sha256, "champion": champion_sha256 or ""},
-        config={"evaluation": recipe.evaluation.model_dump(mode="json"),
-                "promotion": recipe.promotion.model_dump(mode="json", exclude={"policy"})})
+        inputs={
+            "snapshot": snapshot,
+            "base": base.digest,
+            "fine-tune": fine_tune_key(recipe, base, snapshot),
+            "adapter": adapter_sha256,
+            "champion": champion_sha256 or "",
+        },
+        config={
+            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "promotion": recipe.promotion.model_dump(mode="json", exclude={"policy"}),
+        },
+    )
 
 
 def register_key(recipe: Recipe, *, adapter_sha256: str, evaluation: str) -> str:
-    return stage_key("register", inputs={"adapter": adapter_sha256, "evaluation": evaluation}, config={"name": recipe.name})
+    return stage_key(
+        "register", inputs={"adapter": adapter_sha256, "evaluation": evaluation}, config={"name": recipe.name}
+    )
 
 
 def champion_of(bench: Bench, aliases: dict[str, int], name: str, candidate_sha256: str) -> ModelVersion | None:
@@ -43,9 +58,16 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
     from components.curation.snapshots import curate_key
 
     base = resolve_base(recipe.base)
-    curate, _ = curate_key(bench, recipe.data, recipe.curation, dataset=recipe.name,
-                           training_size=training_size(base, recipe.training))
-    keys: dict[str, str | None] = {"curate": curate, "cache": None, "fine-tune": None, "evaluate": None, "register": None}
+    curate, _ = curate_key(
+        bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=training_size(base, recipe.training)
+    )
+    keys: dict[str, str | None] = {
+        "curate": curate,
+        "cache": None,
+        "fine-tune": None,
+        "evaluate": None,
+        "register": None,
+    }
     if snapshot := committed(bench, curate):
         digest = snapshot.facts["digest"]
         keys["cache"] = cache_key(digest, base, training_size(base, recipe.training))
@@ -53,8 +75,13 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
         if adapter := committed(bench, keys["fine-tune"]):
             sha256 = adapter.facts["sha256"]
             champion = champion_of(bench, _mirrored_aliases(bench, recipe.name), recipe.name, sha256)
-            keys["evaluate"] = evaluate_key(recipe, base, digest, adapter_sha256=sha256,
-                                            champion_sha256=champion.adapter_sha256 if champion else None)
+            keys["evaluate"] = evaluate_key(
+                recipe,
+                base,
+                digest,
+                adapter_sha256=sha256,
+                champion_sha256=champion.adapter_sha256 if champion else None,
+            )
             keys["register"] = register_key(recipe, adapter_sha256=sha256, evaluation=keys["evaluate"])
     return list(keys.items())
 

@@ -61,26 +61,44 @@ class OpenRun:
                 self.tracker.image(event["key"], event["sha256"], event["step"])
             case "progress" if time.monotonic() - self._reported > PROGRESS_EVERY_S:
                 self._reported = time.monotonic()
-                runs.update_run(self.bench.catalog, self.run_uid,
-                                progress={name: event[name] for name in ("stage", "done", "total")})
+                runs.update_run(
+                    self.bench.catalog,
+                    self.run_uid,
+                    progress={name: event[name] for name in ("stage", "done", "total")},
+                )
         self.on_event(event)
 
 
 def stage_line(result: StageResult) -> dict[str, Any]:
     """A stage as the run card lists it; "name" and "stage" are the same word."""
-    return {"name": result.stage, "stage": result.stage, "key": result.key, "outcome": result.outcome,
-            "seconds": round(result.seconds, 3), "items": result.product.items, "bytes": result.bytes}
+    return {
+        "name": result.stage,
+        "stage": result.stage,
+        "key": result.key,
+        "outcome": result.outcome,
+        "seconds": round(result.seconds, 3),
+        "items": result.product.items,
+        "bytes": result.bytes,
+    }
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, run_uid: str | None, kind: str, on_event: OnEvent, tags: dict[str, str]) -> Iterator[OpenRun]:
+def open_run(
+    recipe: Recipe, *, run_uid: str | None, kind: str, on_event: OnEvent, tags: dict[str, str]
+) -> Iterator[OpenRun]:
     """Open a run, and close it as completed, failed or stopped whatever happens inside."""
     bench = Bench.open(Workspace.from_environment())
     bench.catalog.migrate()
     base = resolve_base(recipe.base)
     commit = git_commit()
-    run_uid = runs.open_run(bench.catalog, name=recipe.name, kind=kind, recipe=recipe.model_dump(mode="json"),
-                            git_commit=commit, run_uid=run_uid)
+    run_uid = runs.open_run(
+        bench.catalog,
+        name=recipe.name,
+        kind=kind,
+        recipe=recipe.model_dump(mode="json"),
+        git_commit=commit,
+        run_uid=run_uid,
+    )
     on_event({"event": "run", "run_uid": run_uid})
     tracker = open_tracker(bench, run_uid, recipe, tags=tags | ({"git_commit": commit} if commit else {}))
     status, error = "failed", None
@@ -124,8 +142,14 @@ def stopping_on_sigterm() -> Iterator[None]:
 def git_commit() -> str | None:
     """The commit of this checkout, 40 hex digits, or None outside a repository."""
     try:
-        answer = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10,
-                                env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, check=False)
+        answer = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None

@@ -55,8 +55,12 @@ def curate_drawings(drawings: Path, out: Path) -> Path:
     data = DataConfig(sources=(DataSource(path=str(drawings)),))
     curation = CurationConfig(min_side=SIZE, near_duplicates=False)
     key, scanned = curate_key(bench, data, curation, dataset=DATASET, training_size=SIZE)
-    result = ensure(bench, "curate", key, lambda: make_snapshot(
-        bench, data, curation, dataset=DATASET, training_size=SIZE, scanned=scanned, key=key))
+    result = ensure(
+        bench,
+        "curate",
+        key,
+        lambda: make_snapshot(bench, data, curation, dataset=DATASET, training_size=SIZE, scanned=scanned, key=key),
+    )
     names = {row.file_name for row in read_manifest(bench.store, result.product.facts["digest"])}
     kept = out / "kept"
     kept.mkdir(exist_ok=True)
@@ -72,8 +76,21 @@ def curate_drawings(drawings: Path, out: Path) -> Path:
 @task(name="train", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
 def train(stage: str, data: Path, out: Path, start: Path | None, device: str, threads: int) -> None:
     """One stage in a process of its own, which saves a checkpoint when it is asked to stop."""
-    command = [sys.executable, "-m", "components.training.pretraining", "--stage", stage, "--data", str(data),
-               "--out", str(out), "--device", device, "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "components.training.pretraining",
+        "--stage",
+        stage,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--device",
+        device,
+        "--threads",
+        str(threads),
+    ]
     child = subprocess.Popen(command + (["--start", str(start)] if start else []))
     try:
         code = child.wait()
@@ -86,7 +103,7 @@ def train(stage: str, data: Path, out: Path, start: Path | None, device: str, th
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`safelight pretrain`: read the flags, start the services, run the flow; the run is in the catalog like any other."""
+    """`safelight pretrain`: read the flags, start the services, run the flow; the catalog lists it like any other."""
     parser = argparse.ArgumentParser(prog="safelight pretrain", description=pretrain.description)
     parser.add_argument("--node-modules", type=Path, required=True, help="where npm installed the emoji packages")
     parser.add_argument("--out", type=Path, help="checkpoints and results; default: a folder of the workspace")
@@ -95,14 +112,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     options = parser.parse_args(list(arguments))
     if not options.node_modules.is_dir():
-        raise BadInput(f"--node-modules {options.node_modules}: no such folder; components/base/README.md has the npm command")
+        raise BadInput(
+            f"--node-modules {options.node_modules}: no such folder; components/base/README.md has the npm command"
+        )
     workspace = Workspace.from_environment().create()
     services.adopt_environment(workspace, services.ensure_up(workspace))
     out = (options.out or workspace.home / "pretrain").resolve()
     bench = Bench.open(workspace)
     bench.catalog.migrate()
     settings: dict[str, Any] = {name: str(value) for name, value in vars(options).items() if value is not None}
-    run_uid = runs.open_run(bench.catalog, name="embedded-base", kind="pretrain", recipe=settings, git_commit=git_commit())
+    run_uid = runs.open_run(
+        bench.catalog, name="embedded-base", kind="pretrain", recipe=settings, git_commit=git_commit()
+    )
     status, error = "failed", None
     try:
         with stopping_on_sigterm():

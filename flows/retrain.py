@@ -60,9 +60,20 @@ def curate(run_uid: str) -> str:
     run = _open[run_uid]
     recipe, size = run.recipe, training_size(run.base, run.recipe.training)
     key, scanned = curate_key(run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size)
-    result = run.stage("curate", key, lambda: make_snapshot(
-        run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size, scanned=scanned, key=key,
-        on_progress=_progress(run, "curate")))
+    result = run.stage(
+        "curate",
+        key,
+        lambda: make_snapshot(
+            run.bench,
+            recipe.data,
+            recipe.curation,
+            dataset=recipe.name,
+            training_size=size,
+            scanned=scanned,
+            key=key,
+            on_progress=_progress(run, "curate"),
+        ),
+    )
     _note_snapshot(run, result.product)
     return result.product.facts["digest"]
 
@@ -80,9 +91,16 @@ def cache_latents(run_uid: str, snapshot: str) -> str:
 def fit_adapter(run_uid: str, snapshot: str) -> str:
     """The fine-tuning's stage key."""
     run = _open[run_uid]
-    result = _on_the_gpu(run, "fine-tune", fine_tune_key(run.recipe, run.base, snapshot), {
-        "snapshot": snapshot, "resolution": training_size(run.base, run.recipe.training),
-        "training": run.recipe.training.model_dump(mode="json")})
+    result = _on_the_gpu(
+        run,
+        "fine-tune",
+        fine_tune_key(run.recipe, run.base, snapshot),
+        {
+            "snapshot": snapshot,
+            "resolution": training_size(run.base, run.recipe.training),
+            "training": run.recipe.training.model_dump(mode="json"),
+        },
+    )
     if result.outcome == "reused":  # the series of the training that made it belong to this run's record too
         _replay(run, result.product)
     run.tracker.tags({"adapter_sha256": result.product.facts["sha256"]})
@@ -99,16 +117,32 @@ def evaluate(run_uid: str, snapshot: str) -> str:
     champion = champion_of(run.bench, aliases, run.recipe.name, trained.facts["sha256"])
     if champion is not None:
         contenders.append({"role": "champion", "adapter_sha256": champion.adapter_sha256, "step": 0})
-    contenders.append({"role": "candidate", "adapter_sha256": trained.facts["sha256"], "step": trained.facts["final_step"]})
+    contenders.append(
+        {"role": "candidate", "adapter_sha256": trained.facts["sha256"], "step": trained.facts["final_step"]}
+    )
     evaluation, promotion = run.recipe.evaluation, run.recipe.promotion
     validation = trained.outputs.get("validation")
-    key = evaluate_key(run.recipe, run.base, snapshot, adapter_sha256=trained.facts["sha256"],
-                       champion_sha256=champion.adapter_sha256 if champion else None)
-    result = _on_the_gpu(run, "evaluate", key, {
-        "snapshot": snapshot, "contenders": contenders, "resolution": training_size(run.base, run.recipe.training),
-        "evaluation": evaluation.model_dump(mode="json"), "promotion": promotion.model_dump(mode="json"),
-        "validation": {"sha256": validation.sha256, "bytes": validation.bytes} if validation else None,
-        "final_step": trained.facts["final_step"]})
+    key = evaluate_key(
+        run.recipe,
+        run.base,
+        snapshot,
+        adapter_sha256=trained.facts["sha256"],
+        champion_sha256=champion.adapter_sha256 if champion else None,
+    )
+    result = _on_the_gpu(
+        run,
+        "evaluate",
+        key,
+        {
+            "snapshot": snapshot,
+            "contenders": contenders,
+            "resolution": training_size(run.base, run.recipe.training),
+            "evaluation": evaluation.model_dump(mode="json"),
+            "promotion": promotion.model_dump(mode="json"),
+            "validation": {"sha256": validation.sha256, "bytes": validation.bytes} if validation else None,
+            "final_step": trained.facts["final_step"],
+        },
+    )
     facts = result.product.facts
     run.tracker.evaluation(facts["metrics"], trained.facts["final_step"])
     run.tracker.tags({"gate": facts["gate"]["decision"], "fingerprint": facts["fingerprint"]})
@@ -128,15 +162,32 @@ def register(run_uid: str, evaluation: str) -> str:
 
     def produce() -> Product:
         registration = tracking.register_model(
-            run.bench, run_uid=run_uid, name=name, base_path=run.base.path, checkpoints=_checkpoints(trained),
-            final_sha256=sha256, metrics=report.facts["metrics"],
+            run.bench,
+            run_uid=run_uid,
+            name=name,
+            base_path=run.base.path,
+            checkpoints=_checkpoints(trained),
+            final_sha256=sha256,
+            metrics=report.facts["metrics"],
             dataset=(name, run.results["curate"].product.facts["digest"]),
             tags={"evaluation_key": evaluation, "gate": report.facts["gate"]["decision"]},
             resolution=training_size(run.base, run.recipe.training),
             num_inference_steps=run.recipe.evaluation.num_inference_steps,
-            guidance_scale=run.recipe.evaluation.guidance_scale)
-        return Product({"adapter": trained.outputs["adapter"]},
-                       {"name": name, "version": registration.version, "uri": registration.uri}, items=1)
+            guidance_scale=run.recipe.evaluation.guidance_scale,
+        )
+        exported = run.ask(
+            {
+                "stage": "export",
+                "adapter": sha256,
+                "run_uid": run_uid,
+                "folder": str(run.bench.workspace.exports / name / sha256[:12]),
+            }
+        )
+        return Product(
+            {"adapter": trained.outputs["adapter"]},
+            {"name": name, "version": registration.version, "uri": registration.uri, "files": exported.facts["files"]},
+            items=1,
+        )
 
     def still_there(product: Product) -> bool:
         return tracking.registered(run.bench.workspace, name, product.facts["version"]) is not None
@@ -154,10 +205,13 @@ def _on_the_gpu(run: OpenRun, stage: UpTo, key: str, request: dict[str, Any]) ->
     """A stage of the torch child; the host's one slot is held while it works."""
 
     def produce() -> Product:
-        with concurrency(f"gpu:{socket.gethostname()}", strict=True, lease_duration=60,
-                         raise_on_lease_renewal_failure=False):
-            return run.ask({"stage": stage, "key": key, "run_uid": run.run_uid,
-                            "base": run.recipe.base.model_dump(mode="json")} | request)
+        with concurrency(
+            f"gpu:{socket.gethostname()}", strict=True, lease_duration=60, raise_on_lease_renewal_failure=False
+        ):
+            return run.ask(
+                {"stage": stage, "key": key, "run_uid": run.run_uid, "base": run.recipe.base.model_dump(mode="json")}
+                | request
+            )
 
     return run.stage(stage, key, produce)
 
@@ -169,8 +223,11 @@ def _progress(run: OpenRun, stage: str) -> Any:
 def _note_snapshot(run: OpenRun, product: Product) -> None:
     facts = product.facts
     runs.update_run(run.bench.catalog, run.run_uid, snapshot_id=facts["snapshot_id"])
-    run.tracker.dataset(f"{facts['dataset']}@v{facts['version']}", facts["digest"],
-                        source=", ".join(source.path for source in run.recipe.data.sources))
+    run.tracker.dataset(
+        f"{facts['dataset']}@v{facts['version']}",
+        facts["digest"],
+        source=", ".join(source.path for source in run.recipe.data.sources),
+    )
     run.tracker.tags({"snapshot": facts["digest"], "dataset_version": str(facts["version"])})
     run.tracker.artifact("snapshot/manifest.parquet", product.outputs["manifest"].sha256)
     run.tracker.artifact("snapshot/verdicts.parquet", product.outputs["verdicts"].sha256)
@@ -188,7 +245,9 @@ def _replay(run: OpenRun, product: Product) -> None:
 
 
 def _checkpoints(trained: Product) -> list[tracking.Checkpoint]:
-    steps = {int(name.removeprefix("adapter-")): ref for name, ref in trained.outputs.items() if name.startswith("adapter-")}
+    steps = {
+        int(name.removeprefix("adapter-")): ref for name, ref in trained.outputs.items() if name.startswith("adapter-")
+    }
     return [tracking.Checkpoint(step, ref.sha256) for step, ref in sorted(steps.items())]
 
 
@@ -196,9 +255,17 @@ def _mirror(run: OpenRun, result: StageResult, evaluation: str) -> None:
     facts = result.product.facts
     with run.bench.catalog.write() as session:
         if session.get(ModelVersion, (facts["name"], facts["version"])) is None:
-            session.add(ModelVersion(name=facts["name"], version=facts["version"], run_uid=run.run_uid,
-                                     adapter_sha256=result.product.outputs["adapter"].sha256, evaluation_key=evaluation,
-                                     mlflow_uri=facts["uri"], aliases=[]))
+            session.add(
+                ModelVersion(
+                    name=facts["name"],
+                    version=facts["version"],
+                    run_uid=run.run_uid,
+                    adapter_sha256=result.product.outputs["adapter"].sha256,
+                    evaluation_key=evaluation,
+                    mlflow_uri=facts["uri"],
+                    aliases=[],
+                )
+            )
     tracking.mirror_versions(run.bench, run.recipe.name)
 
 
@@ -230,20 +297,40 @@ def run_card(run: OpenRun) -> dict[str, Any]:
     address = services.current(run.bench.workspace)
     aliases = tracking.aliases(run.bench.workspace, run.recipe.name) if registered else {}
     return {
-        "schema": CARD_SCHEMA, "status": "completed", "error": None, "run_uid": run.run_uid, "name": run.recipe.name,
-        "snapshot": {"name": snapshot["dataset"], "version": snapshot["version"], "digest": snapshot["digest"],
-                     "kept": snapshot["kept"], "rejected": snapshot["rejected"]},
+        "schema": CARD_SCHEMA,
+        "status": "completed",
+        "error": None,
+        "run_uid": run.run_uid,
+        "name": run.recipe.name,
+        "snapshot": {
+            "name": snapshot["dataset"],
+            "version": snapshot["version"],
+            "digest": snapshot["digest"],
+            "kept": snapshot["kept"],
+            "rejected": snapshot["rejected"],
+        },
         "stages": [stage_line(result) for result in run.results.values()],
-        "adapter": {"path": str(run.bench.store.path(trained["sha256"])), "sha256": trained["sha256"],
-                    "step": trained["final_step"]} if trained else None,
+        "adapter": {
+            "path": registered["files"]["diffusers"] if registered else str(run.bench.store.path(trained["sha256"])),
+            "sha256": trained["sha256"],
+            "step": trained["final_step"],
+        }
+        if trained
+        else None,
         "metrics": report["metrics"] if report else {},
         "gate": {"decision": report["gate"]["decision"], "reasons": report["gate"]["reasons"]} if report else None,
-        "model": {"name": registered["name"], "version": registered["version"],
-                  "aliases": sorted(alias for alias, version in aliases.items() if version == registered["version"])}
-        if registered else None,
-        "urls": {"dashboard": f"{address.dashboard_url}/runs?run={run.run_uid}" if address.dashboard_url else None,
-                 "mlflow": run.tracker.url,
-                 "prefect": f"{address.prefect_url}/runs/flow-run/{flow_run.id}" if flow_run.id else None},
+        "model": {
+            "name": registered["name"],
+            "version": registered["version"],
+            "aliases": sorted(alias for alias, version in aliases.items() if version == registered["version"]),
+        }
+        if registered
+        else None,
+        "urls": {
+            "dashboard": f"{address.dashboard_url}/runs?run={run.run_uid}" if address.dashboard_url else None,
+            "mlflow": run.tracker.url,
+            "prefect": f"{address.prefect_url}/runs/flow-run/{flow_run.id}" if flow_run.id else None,
+        },
     }
 
 
@@ -267,8 +354,9 @@ def _notify(event: dict[str, Any]) -> None:
         listener(event)
 
 
-def retrain_recipe(recipe: Recipe, *, upto: UpTo = "register", run_uid: str | None = None,
-                   on_event: OnEvent | None = None) -> dict[str, Any]:
+def retrain_recipe(
+    recipe: Recipe, *, upto: UpTo = "register", run_uid: str | None = None, on_event: OnEvent | None = None
+) -> dict[str, Any]:
     """Run the flow in this process, with Prefect and MLflow up, and return the run card."""
     workspace = Workspace.from_environment().create()
     services.adopt_environment(workspace, services.ensure_up(workspace))

@@ -42,16 +42,36 @@ class Chain:
     def curate(self, recipe: Recipe) -> list[SampleRow]:
         size = training_size(self.base(), recipe.training)
         key, scanned = curate_key(self.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size)
-        result = ensure(self.bench, "curate", key, lambda: curate(
-            self.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size, scanned=scanned, key=key))
+        result = ensure(
+            self.bench,
+            "curate",
+            key,
+            lambda: curate(
+                self.bench,
+                recipe.data,
+                recipe.curation,
+                dataset=recipe.name,
+                training_size=size,
+                scanned=scanned,
+                key=key,
+            ),
+        )
         return read_manifest(self.bench.store, result.product.facts["digest"])
 
     def cache(self, recipe: Recipe) -> Product:
         """Always asks the caching stage itself, so that its counts of encodes can be looked at."""
-        return cache_latents(self.bench, self.curate(recipe), self.base(), training_size(self.base(), recipe.training), ignore)
+        return cache_latents(
+            self.bench, self.curate(recipe), self.base(), training_size(self.base(), recipe.training), ignore
+        )
 
-    def fine_tune(self, recipe: Recipe, *, work: str = "work", stop_after: int | None = None,
-                  events: list[dict[str, Any]] | None = None) -> Product:
+    def fine_tune(
+        self,
+        recipe: Recipe,
+        *,
+        work: str = "work",
+        stop_after: int | None = None,
+        events: list[dict[str, Any]] | None = None,
+    ) -> Product:
         """Train; `stop_after` asks it to stop once that many steps have been reported."""
         seen: list[dict[str, Any]] = events if events is not None else []
         rows = self.curate(recipe)
@@ -59,8 +79,16 @@ class Chain:
         def should_stop() -> bool:
             return stop_after is not None and sum("loss" in event for event in seen) >= stop_after
 
-        return fine_tune(self.bench, rows, self.base(), recipe.training, training_size(self.base(), recipe.training),
-                         self.bench.workspace.home / work, on_event=seen.append, should_stop=should_stop)
+        return fine_tune(
+            self.bench,
+            rows,
+            self.base(),
+            recipe.training,
+            training_size(self.base(), recipe.training),
+            self.bench.workspace.home / work,
+            on_event=seen.append,
+            should_stop=should_stop,
+        )
 
 
 def ignore(done: int, total: int) -> None:

@@ -5,7 +5,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (214, 40, 40), "green": (46, 158, 80), "blue": (40, 110, 200), "gold": (240, 180, 30), "grey": (120, 120, 120)}
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 158, 80),
+    "blue": (40, 110, 200),
+    "gold": (240, 180, 30),
+    "grey": (120, 120, 120),
+}
 SHAPES = ("disc", "square", "bar", "cross", "frame", "wedge", "pillar", "dots", "ring", "step", "flag", "arch")
 
 
@@ -59,14 +65,17 @@ def write_pictures(folder: Path, *, side: int = 32, shapes: int = 12, held_out: 
                 name = f"{shape}-{colour}.png"
                 draw(shape, colour, side).save(folder / name)
                 split = "test" if index >= shapes - held_out else "train"
-                table.write(json.dumps({"file_name": name, "text": f"{shape}, {colour} sign", "group": shape,
-                                        "split": split}) + "\n")
+                table.write(
+                    json.dumps({"file_name": name, "text": f"{shape}, {colour} sign", "group": shape, "split": split})
+                    + "\n"
+                )
     return folder
 
 
 def write_recipe(path: Path, data: Path, base: Path, *, steps: int = 40) -> Path:
     """A small recipe: 60 pictures, 40 steps, a gallery of ten prompts."""
-    path.write_text(f"""
+    path.write_text(
+        f"""
 name = "signs"
 [[data.sources]]
 path = "{data}"
@@ -91,5 +100,7 @@ guidance_scale = 2.0
 batch_size = 4
 [promotion]
 min_prompts = 5
-""", encoding="utf-8")
+""",
+        encoding="utf-8",
+    )
     return path

@@ -22,16 +22,22 @@ def test_a_recipe_of_three_lines_is_enough_and_paths_count_from_its_folder(tmp_p
     assert recipe.training.rank == 16
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    (MINIMAL + "[training]\nrnk = 4\n", "unknown key 'training.rnk', did you mean 'rank'?"),
-    (MINIMAL + "[trainig]\nrank = 4\n", "unknown key 'trainig', did you mean 'training'?"),
-    (MINIMAL.replace("path", "pth"), "unknown key 'data.sources.0.pth', did you mean 'path'?"),
-    (MINIMAL + "[training]\nrank = 0\n", "'training.rank' is 0"),
-    (MINIMAL + "[training]\nmax_train_steps = 5\nlr_warmup_steps = 6\n", "lr_warmup_steps 6 is more than max_train_steps 5"),
-    (MINIMAL + '[evaluation.palette]\nred = "rouge"\n', "colour 'red' is 'rouge', expected #rrggbb"),
-    ('name = "cats"\n', "'data' is missing"),
-    ("name = cats\n", "not valid TOML"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (MINIMAL + "[training]\nrnk = 4\n", "unknown key 'training.rnk', did you mean 'rank'?"),
+        (MINIMAL + "[trainig]\nrank = 4\n", "unknown key 'trainig', did you mean 'training'?"),
+        (MINIMAL.replace("path", "pth"), "unknown key 'data.sources.0.pth', did you mean 'path'?"),
+        (MINIMAL + "[training]\nrank = 0\n", "'training.rank' is 0"),
+        (
+            MINIMAL + "[training]\nmax_train_steps = 5\nlr_warmup_steps = 6\n",
+            "lr_warmup_steps 6 is more than max_train_steps 5",
+        ),
+        (MINIMAL + '[evaluation.palette]\nred = "rouge"\n', "colour 'red' is 'rouge', expected #rrggbb"),
+        ('name = "cats"\n', "'data' is missing"),
+        ("name = cats\n", "not valid TOML"),
+    ],
+)
 def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_key(tmp_path: Path, text: str, said: str):
     with pytest.raises(RecipeError) as refusal:
         load_recipe(write(tmp_path, text))

@@ -27,8 +27,12 @@ def test_equal_values_have_equal_json_whatever_the_order_of_their_keys():
 
 
 def test_any_difference_in_stage_inputs_or_configuration_is_another_key():
-    keys = {stage_key(stage, inputs={"x": x}, config={"c": c})
-            for stage in ("curate", "cache") for x in "ab" for c in (1, 2)}
+    keys = {
+        stage_key(stage, inputs={"x": x}, config={"c": c})
+        for stage in ("curate", "cache")
+        for x in "ab"
+        for c in (1, 2)
+    }
     assert len(keys) == 8
     assert all(len(key) == 32 for key in keys)
 

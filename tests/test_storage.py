@@ -24,7 +24,7 @@ def test_what_is_put_is_read_back_under_the_sha256_of_its_bytes(store: Store):
 
 def test_the_same_bytes_are_written_once(store: Store, monkeypatch: pytest.MonkeyPatch):
     synced = []
-    monkeypatch.setattr(storage.os, "fsync", lambda descriptor: synced.append(descriptor))
+    monkeypatch.setattr(storage.os, "fsync", synced.append)
     store.put(b"abc")
     count = len(synced)
     store.put(b"abc")

@@ -12,8 +12,15 @@ from components.catalog.models import Run, StageRun, now
 from components.stages import StageResult
 
 
-def open_run(catalog: Catalog, *, name: str, kind: str, recipe: dict[str, Any], git_commit: str | None,
-             run_uid: str | None = None) -> str:
+def open_run(
+    catalog: Catalog,
+    *,
+    name: str,
+    kind: str,
+    recipe: dict[str, Any],
+    git_commit: str | None,
+    run_uid: str | None = None,
+) -> str:
     """Insert a run in state running and return its uid; an existing uid (a retried flow) is taken up again."""
     run_uid = run_uid or str(uuid7())
     with catalog.write() as session:
@@ -32,8 +39,9 @@ def update_run(catalog: Catalog, run_uid: str, **values: Any) -> None:
         session.execute(update(Run).where(Run.run_uid == run_uid).values(heartbeat_at=now(), **values))
 
 
-def close_run(catalog: Catalog, run_uid: str, status: str, *, card: dict[str, Any] | None = None,
-              error: str | None = None) -> None:
+def close_run(
+    catalog: Catalog, run_uid: str, status: str, *, card: dict[str, Any] | None = None, error: str | None = None
+) -> None:
     """End a run as completed, failed, stopped or crashed."""
     values: dict[str, Any] = {"status": status, "ended_at": now(), "error": error}
     update_run(catalog, run_uid, **values | ({"card": card} if card is not None else {}))
@@ -42,8 +50,17 @@ def close_run(catalog: Catalog, run_uid: str, status: str, *, card: dict[str, An
 def record_stage(catalog: Catalog, run_uid: str, result: StageResult) -> None:
     """Write down how this run came by a stage's result."""
     with catalog.write() as session:
-        session.merge(StageRun(run_uid=run_uid, stage=result.stage, key=result.key, outcome=result.outcome,
-                               seconds=result.seconds, items=result.product.items, bytes=result.bytes))
+        session.merge(
+            StageRun(
+                run_uid=run_uid,
+                stage=result.stage,
+                key=result.key,
+                outcome=result.outcome,
+                seconds=result.seconds,
+                items=result.product.items,
+                bytes=result.bytes,
+            )
+        )
 
 
 def running(catalog: Catalog) -> list[Run]:

@@ -15,8 +15,13 @@ from components.stages import Bench
 NO_ITEMS = 0
 
 
-def features_of(bench: Bench, embedder: Embedder, items: Sequence[Item], open_image: Callable[[Item], Image.Image],
-                on_progress: Callable[[int], None]) -> NDArray[np.float32]:
+def features_of(
+    bench: Bench,
+    embedder: Embedder,
+    items: Sequence[Item],
+    open_image: Callable[[Item], Image.Image],
+    on_progress: Callable[[int], None],
+) -> NDArray[np.float32]:
     """(n, dim) features of `items`, in their order; only those not yet embedded are opened."""
     if not items:
         return np.empty((NO_ITEMS, embedder.dim), dtype=np.float32)

@@ -53,8 +53,14 @@ class Settings:
 
     @classmethod
     def of(cls, config: EvaluationConfig, side: int) -> "Settings":
-        return cls(config.num_inference_steps, config.guidance_scale, config.scheduler, side, config.batch_size,
-                   torch.get_num_threads())
+        return cls(
+            config.num_inference_steps,
+            config.guidance_scale,
+            config.scheduler,
+            side,
+            config.batch_size,
+            torch.get_num_threads(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +73,16 @@ class Picture:
     sha256: str
 
 
-def draw_gallery(bench: Bench, base: BaseModel, adapter_sha256: str | None, requests: Sequence[Request],
-                 settings: Settings, *, run_uid: str | None, on_progress: Callable[[int], None]) -> list[Picture]:
+def draw_gallery(
+    bench: Bench,
+    base: BaseModel,
+    adapter_sha256: str | None,
+    requests: Sequence[Request],
+    settings: Settings,
+    *,
+    run_uid: str | None,
+    on_progress: Callable[[int], None],
+) -> list[Picture]:
     """Draw the requests with the base alone or with an adapter; micro-batches that were drawn before are reused."""
     pictures: list[Picture] = []
     pipeline: Any = None
@@ -77,17 +91,23 @@ def draw_gallery(bench: Bench, base: BaseModel, adapter_sha256: str | None, requ
         nonlocal pipeline
         pipeline = pipeline or open_pipeline(bench.store, base, adapter_sha256, settings.scheduler)
         images = draw_batch(pipeline, batch, settings)
-        refs = [bench.store.put(_png(image, request, settings, base, adapter_sha256))
-                for image, request in zip(images, batch, strict=True)]
+        refs = [
+            bench.store.put(_png(image, request, settings, base, adapter_sha256))
+            for image, request in zip(images, batch, strict=True)
+        ]
         return Product({str(row): ref for row, ref in enumerate(refs)}, items=len(refs))
 
     for index, start in enumerate(range(0, len(requests), settings.batch_size)):
         batch = requests[start : start + settings.batch_size]
-        key = stage_key("generate", inputs={"base": base.digest, "adapter": adapter_sha256 or ""},
-                        config={"settings": asdict(settings), "requests": [asdict(request) for request in batch]})
+        key = stage_key(
+            "generate",
+            inputs={"base": base.digest, "adapter": adapter_sha256 or ""},
+            config={"settings": asdict(settings), "requests": [asdict(request) for request in batch]},
+        )
         result = ensure(bench, "generate", key, lambda batch=batch: draw(batch), run_uid=run_uid)
-        pictures += [Picture(request, index, row, result.product.outputs[str(row)].sha256)
-                     for row, request in enumerate(batch)]
+        pictures += [
+            Picture(request, index, row, result.product.outputs[str(row)].sha256) for row, request in enumerate(batch)
+        ]
         on_progress(len(batch))
     return pictures
 
@@ -113,8 +133,10 @@ def draw_batch(pipeline: Any, requests: Sequence[Request], settings: Settings) -
     images = pipeline(
         prompt=[request.prompt for request in padded],
         generator=[torch.Generator("cpu").manual_seed(request.seed) for request in padded],
-        num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-        height=settings.side, width=settings.side,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=settings.side,
+        width=settings.side,
     ).images
     return images[: len(requests)]
 
@@ -122,11 +144,19 @@ def draw_batch(pipeline: Any, requests: Sequence[Request], settings: Settings) -
 def _png(image: Any, request: Request, settings: Settings, base: BaseModel, adapter_sha256: str | None) -> bytes:
     """The picture with its provenance: the text chunk that web interfaces read, and ours as JSON."""
     text = PngInfo()
-    text.add_text("parameters", f"{request.prompt}\nSteps: {settings.num_inference_steps}, Sampler: {settings.scheduler}, "
-                                f"CFG scale: {settings.guidance_scale}, Seed: {request.seed}, "
-                                f"Size: {settings.side}x{settings.side}")
-    text.add_text("safelight", json.dumps({"request": asdict(request), "settings": asdict(settings),
-                                           "base": base.digest, "adapter": adapter_sha256}, sort_keys=True))
+    text.add_text(
+        "parameters",
+        f"{request.prompt}\nSteps: {settings.num_inference_steps}, Sampler: {settings.scheduler}, "
+        f"CFG scale: {settings.guidance_scale}, Seed: {request.seed}, "
+        f"Size: {settings.side}x{settings.side}",
+    )
+    text.add_text(
+        "safelight",
+        json.dumps(
+            {"request": asdict(request), "settings": asdict(settings), "base": base.digest, "adapter": adapter_sha256},
+            sort_keys=True,
+        ),
+    )
     text.add_itxt("XML:com.adobe.xmp", DIGITAL_SOURCE)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=text)

@@ -16,9 +16,14 @@ CELL = 96  # pixels
 GAP = 4
 
 
-def contact_sheet(store: Store, galleries: Mapping[str, Sequence[Picture]], requests: Sequence[Request],
-                  positions: Sequence[int], references: Sequence[SampleRow]) -> Image.Image:
-    """At most BLOCKS x COLUMNS prompts; under each the models' pictures and last the held-out original of its caption."""
+def contact_sheet(
+    store: Store,
+    galleries: Mapping[str, Sequence[Picture]],
+    requests: Sequence[Request],
+    positions: Sequence[int],
+    references: Sequence[SampleRow],
+) -> Image.Image:
+    """At most BLOCKS x COLUMNS prompts; under each the models' pictures and last the original of its caption."""
     by_caption = {row.text: row.sha256 for row in references}
     models = list(galleries)
     shown = min(len(requests), COLUMNS * BLOCKS)

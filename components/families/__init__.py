@@ -1,4 +1,4 @@
-"""Model families: how an architecture is loaded, encoded, denoised and adapted. A new one is one file and one line here."""
+"""Model families: how an architecture is loaded, encoded, denoised and adapted. A new one is a file and a line here."""
 
 from components.families.family import Family
 from components.families.stable_diffusion import StableDiffusion

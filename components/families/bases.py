@@ -56,8 +56,13 @@ def resolve_base(config: BaseModelConfig) -> BaseModel:
     missing = [part for part in family.parts if not (path / part).is_dir()]
     if missing:
         raise BaseModelError(f"{path}: lacks {', '.join(missing)}/; fetch the whole pipeline again")
-    return BaseModel(config.model, config.revision, index["_class_name"], path,
-                     {part: _digest_of_folder(path / part) for part in family.parts})
+    return BaseModel(
+        config.model,
+        config.revision,
+        index["_class_name"],
+        path,
+        {part: _digest_of_folder(path / part) for part in family.parts},
+    )
 
 
 def _locate(config: BaseModelConfig) -> Path:
@@ -67,27 +72,37 @@ def _locate(config: BaseModelConfig) -> Path:
     if folder.is_dir():
         return folder.resolve()
     if folder.is_absolute() or config.model.startswith((".", "~")) or not HUB_ID.match(config.model):
-        raise BaseModelError(f"base model {config.model!r}: no such folder and no hub id (owner/name); "
-                             'use "embedded", a folder in diffusers layout, or a hub id')
+        raise BaseModelError(
+            f"base model {config.model!r}: no such folder and no hub id (owner/name); "
+            'use "embedded", a folder in diffusers layout, or a hub id'
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(config.model, revision=config.revision,
-                                      allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                config.model, revision=config.revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BaseModelError(f"base model {config.model!r}: not in the local cache and the hub gave "
-                             f"{type(error).__name__}; download it once while online, or give a folder") from None
+        raise BaseModelError(
+            f"base model {config.model!r}: not in the local cache and the hub gave "
+            f"{type(error).__name__}; download it once while online, or give a folder"
+        ) from None
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BaseModelError(f"{path}: no model_index.json, so it is no diffusers pipeline; "
-                             "give the folder that `save_pretrained` wrote") from None
+        raise BaseModelError(
+            f"{path}: no model_index.json, so it is no diffusers pipeline; give the folder that `save_pretrained` wrote"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BaseModelError(f"{path / 'model_index.json'}: not valid JSON: {error}; fetch the pipeline again") from None
+        raise BaseModelError(
+            f"{path / 'model_index.json'}: not valid JSON: {error}; fetch the pipeline again"
+        ) from None
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise BaseModelError(f"{path / 'model_index.json'}: names no pipeline class; fetch the pipeline again")
     return index

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x / 2.x and what is built like them: AutoencoderKL, one CLIP text encoder, UNet2DConditionModel."""
+"""Stable Diffusion 1.x / 2.x and their like: AutoencoderKL, one CLIP text encoder, UNet2DConditionModel."""
 
 import json
 from collections.abc import Sequence
@@ -51,14 +51,21 @@ class ClipPromptEncoder:
         from transformers import CLIPTextModel, CLIPTokenizer
 
         self._tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-        self._model = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
+        self._model = (
+            CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
+        )
         self._device = device
 
     def encode(self, prompts: Sequence[str]) -> "dict[str, Tensor]":
         import torch
 
-        tokens = self._tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                                 max_length=self._tokenizer.model_max_length)
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=self._tokenizer.model_max_length,
+        )
         mask = None
         if getattr(self._model.config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self._device)
@@ -116,9 +123,12 @@ class StableDiffusion:
         import torch
 
         suffixes = TARGETS[preset]
-        return [name for name, module in denoiser.named_modules()
-                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-                and any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)]
+        return [
+            name
+            for name, module in denoiser.named_modules()
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+            and any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+        ]
 
     def load_pipeline(self, base: Path, device: str, dtype: "torch.dtype") -> Any:
         from diffusers import StableDiffusionPipeline
@@ -130,12 +140,14 @@ class StableDiffusion:
     def adapter_file(self, denoiser: "nn.Module", adapter_name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
         """The adapter's tensors and its metadata under the names that `load_lora_weights` reads.
 
-        PEFT's names (`lora_A`, `lora_B`), not the older `lora.down`: with these, diffusers 0.42 drops the attention
-        layers in silence as soon as the file also holds projections or convolutions.
+        PEFT's names (`lora_A`, `lora_B`) throughout: diffusers' converter to the older ones renames attention layers
+        only, and its loader, which takes the first key's kind for that of all, then drops the others in silence.
         """
         from peft.utils import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
         config = denoiser.peft_config[adapter_name].to_dict()  # type: ignore[index, union-attr]
-        return ({f"unet.{name}": tensor.detach().cpu().contiguous() for name, tensor in layers.items()},
-                {f"unet.{name}": value for name, value in config.items()})
+        return (
+            {f"unet.{name}": tensor.detach().cpu().contiguous() for name, tensor in layers.items()},
+            {f"unet.{name}": value for name, value in config.items()},
+        )

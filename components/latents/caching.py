@@ -22,8 +22,9 @@ from components.stages import Bench, Product, canonical_json
 from components.tensors import default_device
 
 
-def cache_latents(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int,
-                  on_progress: Callable[[int, int], None]) -> Product:
+def cache_latents(
+    bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int, on_progress: Callable[[int, int], None]
+) -> Product:
     """Encode what is not yet encoded of a snapshot. The product's outputs are the shards; facts count the encodes."""
     sizes = training_buckets(base, resolution)
     images = [sample_item(row, sizes) for row in rows]
@@ -37,16 +38,23 @@ def cache_latents(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, reso
 
     encoded_captions = _encode_captions(bench, base, captions, advance)
     encoded_images = _encode_images(bench, base, images, advance)
-    places = (locate(bench.catalog, pixel_encoder_key(base), [item.key for item in images])
-              | locate(bench.catalog, prompt_encoder_key(base), [item.key for item in captions]))
+    places = locate(bench.catalog, pixel_encoder_key(base), [item.key for item in images]) | locate(
+        bench.catalog, prompt_encoder_key(base), [item.key for item in captions]
+    )
     index = bench.store.put(canonical_json({key: list(place) for key, place in sorted(places.items())}))
     per_bucket: dict[str, int] = defaultdict(int)
     for item in images:
         assert item.bucket is not None
         per_bucket[f"{item.bucket.width}x{item.bucket.height}"] += 1
-    return Product({"index": index} | shard_refs(bench.store, places.values()),
-                   {"buckets": dict(sorted(per_bucket.items())), "encoded_images": encoded_images,
-                    "encoded_captions": encoded_captions}, items=encoded_images + encoded_captions)
+    return Product(
+        {"index": index} | shard_refs(bench.store, places.values()),
+        {
+            "buckets": dict(sorted(per_bucket.items())),
+            "encoded_images": encoded_images,
+            "encoded_captions": encoded_captions,
+        },
+        items=encoded_images + encoded_captions,
+    )
 
 
 def _encode_captions(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
@@ -66,7 +74,9 @@ def _encode_images(bench: Bench, base: BaseModel, items: list[Item], advance: Ca
     def encode(batch: list[Item]) -> Tensors:
         nonlocal encoder
         encoder = encoder or base.architecture.load_pixel_encoder(base.path, default_device())
-        return {name: tensor.to(torch.float16) for name, tensor in encoder.encode(pixels_of(bench.store, batch)).items()}
+        return {
+            name: tensor.to(torch.float16) for name, tensor in encoder.encode(pixels_of(bench.store, batch)).items()
+        }
 
     count = 0
     by_bucket: dict[Bucket, list[Item]] = defaultdict(list)

@@ -28,8 +28,13 @@ QUERY_ITEMS = 500  # keys in one SQL statement
 Tensors = dict[str, Tensor]
 
 
-def encode_missing(bench: Bench, encoder: str, items: Sequence[Item], encode: Callable[[list[Item]], Tensors],
-                   on_progress: Callable[[int], None]) -> int:
+def encode_missing(
+    bench: Bench,
+    encoder: str,
+    items: Sequence[Item],
+    encode: Callable[[list[Item]], Tensors],
+    on_progress: Callable[[int], None],
+) -> int:
     """Encode the items that no shard holds yet, a shard at a time; returns how many were encoded.
 
     A shard is an object plus one row per item, written in one transaction: a kill costs at most the shard at work.
@@ -52,8 +57,12 @@ def encode_missing(bench: Bench, encoder: str, items: Sequence[Item], encode: Ca
             pieces.append(tensors)
             on_progress(len(batch))
         for shape in _shapes(pieces):  # one shard per bucket shape
-            rows = [(item, piece, i) for piece, first in zip(pieces, range(0, len(part), MICRO_BATCH), strict=True)
-                    for i, item in enumerate(part[first : first + MICRO_BATCH]) if _shape(piece) == shape]
+            rows = [
+                (item, piece, i)
+                for piece, first in zip(pieces, range(0, len(part), MICRO_BATCH), strict=True)
+                for i, item in enumerate(part[first : first + MICRO_BATCH])
+                if _shape(piece) == shape
+            ]
             stacked = {name: torch.stack([piece[name][i] for _, piece, i in rows]) for name in rows[0][1]}
             _commit_shard(bench, encoder, [item.key for item, _, _ in rows], stacked)
     return len(missing)
@@ -76,9 +85,13 @@ def _require_finite(batch: list[Item], tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         finite = torch.isfinite(tensor).flatten(1).all(1)
         if not finite.all():
-            bad = [item.bytes_sha256 or item.caption for item, good in zip(batch, finite.tolist(), strict=True) if not good]
-            raise TrainingDiverged(f"the encoder's {name} is not finite for {', '.join(bad[:3])}; "
-                                   "encode in float32, or leave these samples out")
+            bad = [
+                item.bytes_sha256 or item.caption for item, good in zip(batch, finite.tolist(), strict=True) if not good
+            ]
+            raise TrainingDiverged(
+                f"the encoder's {name} is not finite for {', '.join(bad[:3])}; "
+                "encode in float32, or leave these samples out"
+            )
 
 
 def _commit_shard(bench: Bench, encoder: str, keys: list[str], tensors: Tensors) -> None:
@@ -94,15 +107,19 @@ def locate(catalog: Catalog, encoder: str, keys: Sequence[str]) -> dict[str, tup
     with catalog.read() as session:
         for start in range(0, len(keys), QUERY_ITEMS):
             rows = session.execute(
-                select(EncodedItem.item, EncodedItem.shard, EncodedItem.row)
-                .where(EncodedItem.encoder == encoder, EncodedItem.item.in_(keys[start : start + QUERY_ITEMS])))
+                select(EncodedItem.item, EncodedItem.shard, EncodedItem.row).where(
+                    EncodedItem.encoder == encoder, EncodedItem.item.in_(keys[start : start + QUERY_ITEMS])
+                )
+            )
             found.update({item: (shard, row) for item, shard, row in rows})
     return found
 
 
 def shard_refs(store: Store, places: Iterable[tuple[str, int]]) -> dict[str, ObjectRef]:
     """The objects behind some places, for a stage's manifest."""
-    return {shard: ObjectRef(shard, store.path(shard).stat().st_size) for shard in sorted({shard for shard, _ in places})}
+    return {
+        shard: ObjectRef(shard, store.path(shard).stat().st_size) for shard in sorted({shard for shard, _ in places})
+    }
 
 
 class ShardReader:

@@ -1,7 +1,7 @@
 """What a cached item is called: what it was made from, under an encoder key that holds everything else it depends on.
 
-An item's key is the digest of decoded pixels with their bucket, or of a caption's text. An encoder's key is the digest of
-its weights, the precision stored and the version of the encoding code. The flow uses this module, so it knows no torch.
+An item's key is the digest of decoded pixels with their bucket, or of a caption's text. An encoder's key is the digest
+of its weights, the precision stored and the version of the encoding code. The flow uses this module: it knows no torch.
 """
 
 import hashlib
@@ -37,14 +37,26 @@ def caption_item(caption: str) -> Item:
 
 def pixel_encoder_key(base: BaseModel) -> str:
     """Everything that latents depend on besides the picture and its bucket."""
-    return _key({"kind": "latents", "weights": base.digest_of(base.architecture.pixel_parts), "dtype": "float16",
-                 "version": ENCODING_VERSION})
+    return _key(
+        {
+            "kind": "latents",
+            "weights": base.digest_of(base.architecture.pixel_parts),
+            "dtype": "float16",
+            "version": ENCODING_VERSION,
+        }
+    )
 
 
 def prompt_encoder_key(base: BaseModel) -> str:
     """Everything that prompt embeddings depend on besides the caption."""
-    return _key({"kind": "prompts", "weights": base.digest_of(base.architecture.prompt_parts), "dtype": "float32",
-                 "version": ENCODING_VERSION})
+    return _key(
+        {
+            "kind": "prompts",
+            "weights": base.digest_of(base.architecture.prompt_parts),
+            "dtype": "float32",
+            "version": ENCODING_VERSION,
+        }
+    )
 
 
 def _key(body: dict[str, object]) -> str:
@@ -63,9 +75,15 @@ def training_buckets(base: BaseModel, resolution: int) -> tuple[Bucket, ...]:
 
 
 def cache_key(snapshot_digest: str, base: BaseModel, resolution: int) -> str:
-    return stage_key("cache", inputs={"snapshot": snapshot_digest, "pixel_encoder": pixel_encoder_key(base),
-                                      "prompt_encoder": prompt_encoder_key(base)},
-                     config={"resolution": resolution})
+    return stage_key(
+        "cache",
+        inputs={
+            "snapshot": snapshot_digest,
+            "pixel_encoder": pixel_encoder_key(base),
+            "prompt_encoder": prompt_encoder_key(base),
+        },
+        config={"resolution": resolution},
+    )
 
 
 def sample_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item:

@@ -27,16 +27,24 @@ def add_adapter(denoiser: Any, family: Family, training: TrainingConfig) -> list
     torch.manual_seed(training.seed)
     denoiser.requires_grad_(False)
     denoiser.add_adapter(
-        LoraConfig(r=training.rank, lora_alpha=training.lora_alpha, lora_dropout=training.lora_dropout,  # type: ignore[arg-type]
-                   target_modules=targets, init_lora_weights="gaussian"),
-        adapter_name=ADAPTER_NAME)
+        LoraConfig(
+            r=training.rank,
+            lora_alpha=training.lora_alpha,
+            lora_dropout=training.lora_dropout,  # type: ignore[arg-type]
+            target_modules=targets,
+            init_lora_weights="gaussian",
+        ),
+        adapter_name=ADAPTER_NAME,
+    )
     return [(name, parameter) for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
 
 
 def adapter_bytes(denoiser: nn.Module, family: Family) -> bytes:
     """The adapter as `pytorch_lora_weights.safetensors`: float32, with rank and alpha in `lora_adapter_metadata`."""
     tensors, metadata = family.adapter_file(denoiser, ADAPTER_NAME)
-    return to_safetensors(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(_plain(metadata), sort_keys=True)})
+    return to_safetensors(
+        tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(_plain(metadata), sort_keys=True)}
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -70,8 +70,11 @@ class CachedSamples:
 
     def batch(self, positions: Sequence[int]) -> LatentBatch:
         rows = [self.rows[i] for i in positions]
-        return LatentBatch(tuple(row.sha256 for row in rows), self.latents([self.latent_keys[i] for i in positions]),
-                           self.prompts([caption_item(row.text).key for row in rows]))
+        return LatentBatch(
+            tuple(row.sha256 for row in rows),
+            self.latents([self.latent_keys[i] for i in positions]),
+            self.prompts([caption_item(row.text).key for row in rows]),
+        )
 
 
 def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int) -> CachedSamples:
@@ -89,12 +92,25 @@ def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, res
 
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
     """The objective that the base was trained with. Raises BaseModelError when the recipe asks for another."""
-    return objective_from_scheduler(base.architecture.scheduler_config(base.path), to_time=TIMES[training.timestep_sampling],
-                                    prediction_type=training.prediction_type, snr_gamma=training.snr_gamma)
+    return objective_from_scheduler(
+        base.architecture.scheduler_config(base.path),
+        to_time=TIMES[training.timestep_sampling],
+        prediction_type=training.prediction_type,
+        snr_gamma=training.snr_gamma,
+    )
 
 
-def fine_tune(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, training: TrainingConfig, resolution: int,
-              work_dir: Path, *, on_event: Event, should_stop: Callable[[], bool]) -> Product:
+def fine_tune(
+    bench: Bench,
+    rows: Sequence[SampleRow],
+    base: BaseModel,
+    training: TrainingConfig,
+    resolution: int,
+    work_dir: Path,
+    *,
+    on_event: Event,
+    should_stop: Callable[[], bool],
+) -> Product:
     """Train an adapter on the train split, resuming from `work_dir`'s newest complete checkpoint.
 
     Outputs: "adapter", "adapter-<step>" per checkpoint, "log" (JSON lines), "validation" (losses (N, T) of base and of
@@ -121,9 +137,18 @@ def _spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
 class _FineTuning:
     """One training with its checkpoints, log, validation and previews; `__call__` runs it to the end."""
 
-    def __init__(self, bench: Bench, base: BaseModel, training: TrainingConfig, train: CachedSamples,
-                 held_out: CachedSamples, held_out_rows: Sequence[SampleRow], work_dir: Path, on_event: Event,
-                 should_stop: Callable[[], bool]):
+    def __init__(
+        self,
+        bench: Bench,
+        base: BaseModel,
+        training: TrainingConfig,
+        train: CachedSamples,
+        held_out: CachedSamples,
+        held_out_rows: Sequence[SampleRow],
+        work_dir: Path,
+        on_event: Event,
+        should_stop: Callable[[], bool],
+    ):
         self.bench, self.base, self.training = bench, base, training
         self.train, self.held_out, self.work_dir = train, held_out, work_dir
         self.on_event, self.should_stop = on_event, should_stop
@@ -133,8 +158,12 @@ class _FineTuning:
         self.denoiser = self.family.load_denoiser(base.path, self.device)
         self.parameters = add_adapter(self.denoiser, self.family, training)
         self.optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self.parameters], lr=training.learning_rate, weight_decay=training.weight_decay,
-            betas=(training.adam_beta1, training.adam_beta2), fused=True)
+            [parameter for _, parameter in self.parameters],
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            betas=(training.adam_beta1, training.adam_beta2),
+            fused=True,
+        )
         self.null = train.prompts([caption_item(NULL_PROMPT).key])
         self.preview_prompts = choose_prompts(held_out_rows, training.preview_prompts) if held_out_rows else []
         self.log: list[dict[str, Any]] = []
@@ -150,16 +179,30 @@ class _FineTuning:
         if start == 0 and self.held_out.rows:
             self.losses["base"] = self._validate()
         self.denoiser.train()
-        positions = batches_from(start * training.gradient_accumulation_steps, self.train.ids, training.train_batch_size,
-                                 seed=training.seed)
+        positions = batches_from(
+            start * training.gradient_accumulation_steps, self.train.ids, training.train_batch_size, seed=training.seed
+        )
         done = fit(
-            [parameter for _, parameter in self.parameters], map(self.train.batch, positions), self._loss, self.optimizer,
-            learning_rate_at(training.lr_scheduler, training.learning_rate, max_train_steps=training.max_train_steps,
-                             warmup_steps=training.lr_warmup_steps),
-            draws=Draws(training.seed), start_step=start, max_train_steps=training.max_train_steps,
-            gradient_accumulation_steps=training.gradient_accumulation_steps, max_grad_norm=training.max_grad_norm,
-            on_step=self._report, on_checkpoint=self._checkpoint, checkpointing_steps=training.checkpointing_steps,
-            should_stop=self.should_stop)
+            [parameter for _, parameter in self.parameters],
+            map(self.train.batch, positions),
+            self._loss,
+            self.optimizer,
+            learning_rate_at(
+                training.lr_scheduler,
+                training.learning_rate,
+                max_train_steps=training.max_train_steps,
+                warmup_steps=training.lr_warmup_steps,
+            ),
+            draws=Draws(training.seed),
+            start_step=start,
+            max_train_steps=training.max_train_steps,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            max_grad_norm=training.max_grad_norm,
+            on_step=self._report,
+            on_checkpoint=self._checkpoint,
+            checkpointing_steps=training.checkpointing_steps,
+            should_stop=self.should_stop,
+        )
         if done < training.max_train_steps:
             raise Stopped(f"stopped after step {done} of {training.max_train_steps}; run the same command to continue")
         product = self._product()
@@ -174,7 +217,8 @@ class _FineTuning:
 
     def _bf16(self) -> bool:
         return self.training.mixed_precision == "bf16" or (
-            self.training.mixed_precision == "auto" and self.device == "cuda")
+            self.training.mixed_precision == "auto" and self.device == "cuda"
+        )
 
     def _latents(self, batch: LatentBatch, draw: Any) -> Tensor:
         mean, logvar = batch.cached["mean"].float(), batch.cached["logvar"].float()
@@ -184,16 +228,22 @@ class _FineTuning:
         """Scalar. Captions are dropped per sample, at load time, so no cache holds a dropped one."""
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
-        cond = {name: torch.where(dropped.view(-1, *[1] * (tensor.dim() - 1)), self.null[name], tensor).to(self.device)
-                for name, tensor in batch.cond.items()}
+        cond = {
+            name: torch.where(dropped.view(-1, *[1] * (tensor.dim() - 1)), self.null[name], tensor).to(self.device)
+            for name, tensor in batch.cond.items()
+        }
         return self.objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).mean()
 
     def _report(self, report: StepReport) -> None:
         now = time.monotonic()
         rate = report.samples / max(now - self.last_report, 1e-9)
         self.last_report = now
-        line = {"step": report.step + 1, "loss": report.loss, "grad_norm": report.grad_norm,
-                "learning_rate": report.learning_rate}
+        line = {
+            "step": report.step + 1,
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+        }
         self.log.append(line)
         self.on_event({"event": "metrics", **line, "images_per_second": rate})
         self.on_event({"event": "progress", "done": report.step + 1, "total": self.training.max_train_steps})
@@ -205,15 +255,24 @@ class _FineTuning:
         if step == self.saved:
             return
         self.saved = step
-        if step not in self.adapters and (step % self.training.checkpointing_steps == 0
-                                          or step == self.training.max_train_steps):
+        if step not in self.adapters and (
+            step % self.training.checkpointing_steps == 0 or step == self.training.max_train_steps
+        ):
             self._publish(step)
         save_checkpoint(
-            self.work_dir, step,
-            {"parameters": {name: parameter.detach() for name, parameter in self.parameters},
-             "optimizer": optimizer_tensors(self.optimizer), "losses": self.losses},
-            {"log": self.log, "adapters": {str(s): [ref.sha256, ref.bytes] for s, ref in self.adapters.items()},
-             "previews": {name: [ref.sha256, ref.bytes] for name, ref in self.previews.items()}})
+            self.work_dir,
+            step,
+            {
+                "parameters": {name: parameter.detach() for name, parameter in self.parameters},
+                "optimizer": optimizer_tensors(self.optimizer),
+                "losses": self.losses,
+            },
+            {
+                "log": self.log,
+                "adapters": {str(s): [ref.sha256, ref.bytes] for s, ref in self.adapters.items()},
+                "previews": {name: [ref.sha256, ref.bytes] for name, ref in self.previews.items()},
+            },
+        )
         self.last_report = time.monotonic()
 
     def _publish(self, step: int) -> None:
@@ -223,8 +282,11 @@ class _FineTuning:
         self.on_event({"event": "checkpoint", "step": step, "sha256": ref.sha256})
         if self.held_out.rows:
             self.losses[str(step)] = self._validate()
-            line = {"step": step, "validation_loss": self.losses[str(step)].mean().item(),
-                    "validation_ratio": log_mean_ratio(self.losses[str(step)], self.losses["base"])}
+            line = {
+                "step": step,
+                "validation_loss": self.losses[str(step)].mean().item(),
+                "validation_ratio": log_mean_ratio(self.losses[str(step)], self.losses["base"]),
+            }
             self.log.append(line)
             self.on_event({"event": "metrics", **line})
         self._preview(step)
@@ -262,8 +324,9 @@ class _FineTuning:
         pipeline = self.family.load_pipeline(self.base.path, self.device, torch.float32)
         setattr(pipeline, self.family.denoiser_part, self.denoiser)
         side = self.family.geometry(self.base.path).resolution
-        settings = Settings(PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", side, len(self.preview_prompts),
-                            torch.get_num_threads())
+        settings = Settings(
+            PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", side, len(self.preview_prompts), torch.get_num_threads()
+        )
         requests = [Request(i, text, group, seed=i) for i, (text, group) in enumerate(self.preview_prompts)]
         for i, image in enumerate(draw_batch(pipeline, requests, settings)):
             buffer = io.BytesIO()
@@ -278,13 +341,21 @@ class _FineTuning:
     def _product(self) -> Product:
         put, final = self.bench.store.put, self.training.max_train_steps
         log = put("".join(json.dumps(line, sort_keys=True) + "\n" for line in self.log).encode())
-        outputs = {"adapter": self.adapters[final], "log": log,
-                   **{f"adapter-{step}": ref for step, ref in sorted(self.adapters.items())}, **self.previews}
-        facts: dict[str, Any] = {"final_step": final, "sha256": self.adapters[final].sha256,
-                                 "rank": self.training.rank, "lora_alpha": self.training.lora_alpha,
-                                 "trained_parameters": sum(parameter.numel() for _, parameter in self.parameters),
-                                 "validation": [line for line in self.log if "validation_ratio" in line],
-                                 "preview_prompts": [text for text, _ in self.preview_prompts]}
+        outputs = {
+            "adapter": self.adapters[final],
+            "log": log,
+            **{f"adapter-{step}": ref for step, ref in sorted(self.adapters.items())},
+            **self.previews,
+        }
+        facts: dict[str, Any] = {
+            "final_step": final,
+            "sha256": self.adapters[final].sha256,
+            "rank": self.training.rank,
+            "lora_alpha": self.training.lora_alpha,
+            "trained_parameters": sum(parameter.numel() for _, parameter in self.parameters),
+            "validation": [line for line in self.log if "validation_ratio" in line],
+            "preview_prompts": [text for text, _ in self.preview_prompts],
+        }
         if self.losses:
             rows = [[row.sha256, row.group or row.text] for row in self.held_out.rows]
             outputs["validation"] = put(to_safetensors(self.losses, {"rows": canonical_json(rows).decode()}))

@@ -30,8 +30,9 @@ class FixedTime:
         return torch.full((size,), self.u, dtype=torch.float64)
 
 
-def validation_losses(per_sample: Callable[[Sequence[int], FixedTime], Tensor], sample_ids: Sequence[str],
-                      times: int) -> Tensor:
+def validation_losses(
+    per_sample: Callable[[Sequence[int], FixedTime], Tensor], sample_ids: Sequence[str], times: int
+) -> Tensor:
     """(N, T) float64 losses of every sample at the midpoints of T equal strata of the time distribution.
 
     `per_sample(positions, draw)` gives the losses (B,) of those samples. No global random state is touched.

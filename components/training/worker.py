@@ -52,7 +52,13 @@ def main() -> None:
             import traceback
 
             traceback.print_exc(file=sys.stderr)
-            emit({"event": "error", "type": "StageFailed", "message": f"{request['stage']}: {type(error).__name__}: {error}"})
+            emit(
+                {
+                    "event": "error",
+                    "type": "StageFailed",
+                    "message": f"{request['stage']}: {type(error).__name__}: {error}",
+                }
+            )
 
 
 def _claim_stdout() -> IO[str]:
@@ -77,8 +83,13 @@ def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.families.bases import resolve_base
     from components.latents.caching import cache_latents
 
-    return cache_latents(bench, read_manifest(bench.store, request["snapshot"]),
-                         resolve_base(BaseModelConfig(**request["base"])), request["resolution"], _progress(emit))
+    return cache_latents(
+        bench,
+        read_manifest(bench.store, request["snapshot"]),
+        resolve_base(BaseModelConfig(**request["base"])),
+        request["resolution"],
+        _progress(emit),
+    )
 
 
 def _fine_tune(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
@@ -86,10 +97,16 @@ def _fine_tune(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.families.bases import resolve_base
     from components.training.finetune import fine_tune
 
-    return fine_tune(bench, read_manifest(bench.store, request["snapshot"]),
-                     resolve_base(BaseModelConfig(**request["base"])), TrainingConfig(**request["training"]),
-                     request["resolution"], bench.workspace.work_dir(request["key"]), on_event=emit,
-                     should_stop=_stop.is_set)
+    return fine_tune(
+        bench,
+        read_manifest(bench.store, request["snapshot"]),
+        resolve_base(BaseModelConfig(**request["base"])),
+        TrainingConfig(**request["training"]),
+        request["resolution"],
+        bench.workspace.work_dir(request["key"]),
+        on_event=emit,
+        should_stop=_stop.is_set,
+    )
 
 
 def _evaluate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
@@ -99,11 +116,20 @@ def _evaluate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
 
     validation = request["validation"]
     return evaluate(
-        bench, request["key"], read_manifest(bench.store, request["snapshot"]),
-        resolve_base(BaseModelConfig(**request["base"])), [Contender(**entry) for entry in request["contenders"]],
-        EvaluationConfig(**request["evaluation"]), PromotionConfig(**request["promotion"]), request["resolution"],
-        ObjectRef(**validation) if validation else None, final_step=request["final_step"],
-        snapshot_digest=request["snapshot"], run_uid=request["run_uid"], on_progress=_progress(emit))
+        bench,
+        request["key"],
+        read_manifest(bench.store, request["snapshot"]),
+        resolve_base(BaseModelConfig(**request["base"])),
+        [Contender(**entry) for entry in request["contenders"]],
+        EvaluationConfig(**request["evaluation"]),
+        PromotionConfig(**request["promotion"]),
+        request["resolution"],
+        ObjectRef(**validation) if validation else None,
+        final_step=request["final_step"],
+        snapshot_digest=request["snapshot"],
+        run_uid=request["run_uid"],
+        on_progress=_progress(emit),
+    )
 
 
 def _generate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
@@ -118,16 +144,38 @@ def _generate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
         done += count
         emit({"event": "progress", "done": done, "total": total})
 
-    settings = Settings.of(EvaluationConfig(**request["evaluation"]),
-                           base.architecture.geometry(base.path).resolution)
-    pictures = draw_gallery(bench, base, request["adapter"], [Request(**entry) for entry in request["requests"]], settings,
-                            run_uid=None, on_progress=advance)
-    return Product({str(i): ObjectRef(picture.sha256, bench.store.path(picture.sha256).stat().st_size)
-                    for i, picture in enumerate(pictures)}, items=len(pictures))
+    settings = Settings.of(EvaluationConfig(**request["evaluation"]), base.architecture.geometry(base.path).resolution)
+    pictures = draw_gallery(
+        bench,
+        base,
+        request["adapter"],
+        [Request(**entry) for entry in request["requests"]],
+        settings,
+        run_uid=None,
+        on_progress=advance,
+    )
+    return Product(
+        {
+            str(i): ObjectRef(picture.sha256, bench.store.path(picture.sha256).stat().st_size)
+            for i, picture in enumerate(pictures)
+        },
+        items=len(pictures),
+    )
+
+
+def _export(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.training.export import export_adapter
+
+    exported = export_adapter(bench, request["adapter"], Path(request["folder"]), run_uid=request["run_uid"])
+    return Product({}, {"files": {layout: str(path) for layout, path in exported.files.items()}})
 
 
 STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
-    "cache": _cache, "fine-tune": _fine_tune, "evaluate": _evaluate, "generate": _generate,
+    "cache": _cache,
+    "fine-tune": _fine_tune,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "export": _export,
 }
 
 if __name__ == "__main__":

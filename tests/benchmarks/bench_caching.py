@@ -35,7 +35,9 @@ def cpu_seconds(bench: Bench, recipe_path: Path) -> tuple[float, int]:
     recipe, base = load_recipe(recipe_path), resolve_base(BaseModelConfig())
     started = time.process_time()
     key, scanned = curate_key(bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=64)
-    product = curate(bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=64, scanned=scanned, key=key)
+    product = curate(
+        bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=64, scanned=scanned, key=key
+    )
     rows = read_manifest(bench.store, product.facts["digest"])
     cached = cache_latents(bench, rows, base, 64, lambda done, total: None)
     return time.process_time() - started, cached.facts["encoded_images"]
@@ -62,4 +64,6 @@ def test_how_much_cheaper_a_warm_cache_is(tmp_path: Path):
             ratios["unchanged"].append(cold / warm)
             ratios["1 % changed"].append(cold / changed)
     for name, values in ratios.items():
-        print(f"{name}: cold / warm = {np.median(values):.1f} (of {PAIRS} pairs, {min(values):.1f} to {max(values):.1f})")
+        print(
+            f"{name}: cold / warm = {np.median(values):.1f} (of {PAIRS} pairs, {min(values):.1f} to {max(values):.1f})"
+        )

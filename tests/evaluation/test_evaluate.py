@@ -19,8 +19,13 @@ from components.evaluation.prompts import choose_prompts, gallery_requests
 from components.stages import Product
 from tests.chain import Chain, ignore
 
-FAST = ("training.max_train_steps=4", "training.checkpointing_steps=4", "training.preview_prompts=0",
-        "training.targets=all", "training.learning_rate=1e-2")
+FAST = (
+    "training.max_train_steps=4",
+    "training.checkpointing_steps=4",
+    "training.preview_prompts=0",
+    "training.targets=all",
+    "training.learning_rate=1e-2",
+)
 SETTINGS = Settings(num_inference_steps=2, guidance_scale=2.0, scheduler="auto", side=32, batch_size=4, threads=1)
 REQUESTS = [Request(i, f"disc {i}", None, seed=i) for i in range(6)]
 
@@ -75,14 +80,19 @@ def test_a_micro_batch_drawn_again_has_the_same_bytes_and_a_drawn_one_is_not_dra
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(chain: Chain):
-    gallery = draw_gallery(chain.bench, chain.base(), None, REQUESTS, SETTINGS, run_uid=None, on_progress=lambda _: None)
-    alone = draw_gallery(chain.bench, chain.base(), None, [REQUESTS[5]], SETTINGS, run_uid=None, on_progress=lambda _: None)
+    gallery = draw_gallery(
+        chain.bench, chain.base(), None, REQUESTS, SETTINGS, run_uid=None, on_progress=lambda _: None
+    )
+    alone = draw_gallery(
+        chain.bench, chain.base(), None, [REQUESTS[5]], SETTINGS, run_uid=None, on_progress=lambda _: None
+    )
     assert np.array_equal(pixels(chain, gallery[5].sha256), pixels(chain, alone[0].sha256))
 
 
 def test_every_picture_says_how_it_was_made(chain: Chain):
-    (picture,) = draw_gallery(chain.bench, chain.base(), None, REQUESTS[:1], SETTINGS, run_uid=None,
-                              on_progress=lambda _: None)
+    (picture,) = draw_gallery(
+        chain.bench, chain.base(), None, REQUESTS[:1], SETTINGS, run_uid=None, on_progress=lambda _: None
+    )
     text = Image.open(io.BytesIO(chain.bench.store.read(picture.sha256))).text  # type: ignore[attr-defined]
     assert json.loads(text["safelight"])["request"]["prompt"] == "disc 0"
     assert "Seed: 0" in text["parameters"]
@@ -95,13 +105,28 @@ def run_evaluation(chain: Chain, trained: Product, key: str = "e" * 32, champion
     if champion:
         contenders.append(Contender("champion", champion, 0))
     contenders.append(Contender("candidate", trained.facts["sha256"], trained.facts["final_step"]))
-    return evaluate(chain.bench, key, chain.curate(recipe), chain.base(), contenders, recipe.evaluation, recipe.promotion, 32,
-                    trained.outputs["validation"], final_step=4, snapshot_digest="s" * 64, run_uid="r", on_progress=ignore)
+    return evaluate(
+        chain.bench,
+        key,
+        chain.curate(recipe),
+        chain.base(),
+        contenders,
+        recipe.evaluation,
+        recipe.promotion,
+        32,
+        trained.outputs["validation"],
+        final_step=4,
+        snapshot_digest="s" * 64,
+        run_uid="r",
+        on_progress=ignore,
+    )
 
 
 def test_an_evaluation_gives_every_metric_with_an_interval_and_a_verdict(chain: Chain, trained: Product):
     facts = run_evaluation(chain, trained).facts
-    assert {"kid", "prompt_match", "style", "nearest_training", "variety", "copy_rate", "validation_ratio"} <= set(facts["metrics"])
+    assert {"kid", "prompt_match", "style", "nearest_training", "variety", "copy_rate", "validation_ratio"} <= set(
+        facts["metrics"]
+    )
     for metric in facts["metrics"].values():
         assert {"candidate", "base", "champion", "difference", "n", "better"} <= set(metric)
         assert {"value", "low", "high"} == set(metric["difference"])
@@ -126,16 +151,26 @@ def test_a_candidate_equal_to_its_champion_differs_by_nothing_and_is_held(chain:
     assert facts["gate"]["decision"] == "hold"
 
 
-def test_the_candidates_gallery_is_what_the_stock_pipeline_draws_from_the_stored_settings(chain: Chain, trained: Product,
-                                                                                          tmp_path: Path):
+def test_the_candidates_gallery_is_what_the_stock_pipeline_draws_from_the_stored_settings(
+    chain: Chain, trained: Product, tmp_path: Path
+):
     run_evaluation(chain, trained)
     with chain.bench.catalog.read() as session:
-        batch = session.scalars(select(Generation).where(Generation.role == "candidate", Generation.batch_index == 0)
-                                .order_by(Generation.batch_row)).all()
+        batch = session.scalars(
+            select(Generation)
+            .where(Generation.role == "candidate", Generation.batch_index == 0)
+            .order_by(Generation.batch_row)
+        ).all()
     pipeline = chain.base().architecture.load_pipeline(chain.base_path, "cpu", torch.float32)
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(chain.bench.store.read(trained.facts["sha256"]))
     pipeline.load_lora_weights(tmp_path)
-    images = pipeline(prompt=[g.prompt for g in batch], num_inference_steps=4, guidance_scale=2.0, height=32, width=32,
-                      generator=[torch.Generator().manual_seed(g.seed) for g in batch]).images
+    images = pipeline(
+        prompt=[g.prompt for g in batch],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        height=32,
+        width=32,
+        generator=[torch.Generator().manual_seed(g.seed) for g in batch],
+    ).images
     for generation, image in zip(batch, images, strict=True):
         assert np.array_equal(np.asarray(image), pixels(chain, generation.image_sha256))

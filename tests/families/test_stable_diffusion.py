@@ -20,7 +20,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention-mlp", "all-linear", "all"])
-def test_the_stock_pipeline_computes_with_the_adapter_what_the_trained_model_does(base: BaseModel, targets: str, tmp_path: Path):
+def test_the_stock_pipeline_computes_with_the_adapter_what_the_trained_model_does(
+    base: BaseModel, targets: str, tmp_path: Path
+):
     family = base.architecture
     trained = family.load_denoiser(base.path, "cpu")
     parameters = add_adapter(trained, family, TrainingConfig(targets=targets, rank=4, lora_alpha=10))
@@ -78,10 +80,15 @@ def spoil(folder: Path, how: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("how", "said"), [
-    ("no index", "is no diffusers pipeline"), ("not JSON", "not valid JSON"), ("other class", "expected one of"),
-    ("no unet", "lacks unet/"),
-])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no index", "is no diffusers pipeline"),
+        ("not JSON", "not valid JSON"),
+        ("other class", "expected one of"),
+        ("no unet", "lacks unet/"),
+    ],
+)
 def test_a_folder_that_is_no_pipeline_is_refused_in_one_line(base: BaseModel, tmp_path: Path, how: str, said: str):
     folder = spoil(shutil.copytree(base.path, tmp_path / "copy"), how)
     with pytest.raises(BaseModelError, match=said) as refusal:

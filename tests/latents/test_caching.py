@@ -137,10 +137,14 @@ def test_bits_depend_neither_on_the_order_nor_on_the_company_in_which_an_item_is
     items = [sample_item(row, sizes(chain)) for row in rows[:11]]
 
     def encoded(name: str, order: list[Item]) -> torch.Tensor:
-        encode_missing(chain.bench, name, order, lambda batch: encoder.encode(pixels_of(chain.bench.store, batch)), lambda _: None)
+        encode_missing(
+            chain.bench, name, order, lambda batch: encoder.encode(pixels_of(chain.bench.store, batch)), lambda _: None
+        )
         keys = [item.key for item in items]
         return ShardReader(chain.bench.store, locate(chain.bench.catalog, name, keys))(keys)["mean"]
 
     whole = encoded("whole", items)
-    encode_missing(chain.bench, "parts", items[7:9], lambda b: encoder.encode(pixels_of(chain.bench.store, b)), lambda _: None)
+    encode_missing(
+        chain.bench, "parts", items[7:9], lambda b: encoder.encode(pixels_of(chain.bench.store, b)), lambda _: None
+    )
     assert torch.equal(encoded("parts", items[::-1]), whole)

@@ -39,8 +39,14 @@ def environment(home: Path) -> dict[str, str]:
 
 def run(home: Path, recipe: Path) -> dict[str, Any]:
     """The run card of an undisturbed `safelight retrain`."""
-    answer = subprocess.run(command("retrain", str(recipe), "--json"), env=environment(home), capture_output=True, text=True,
-                            timeout=LIMIT_S, check=False)
+    answer = subprocess.run(
+        command("retrain", str(recipe), "--json"),
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
     if answer.returncode != 0:
         raise SystemExit(f"retrain ended with {answer.returncode}: {answer.stdout[-2000:]} {answer.stderr[-2000:]}")
     return json.loads(answer.stdout)
@@ -48,8 +54,13 @@ def run(home: Path, recipe: Path) -> dict[str, Any]:
 
 def kill_after(home: Path, recipe: Path, delay_s: float) -> bool:
     """Start the command, kill its process group after `delay_s`; whether it was still running then."""
-    process = subprocess.Popen(command("retrain", str(recipe), "--json"), env=environment(home), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("retrain", str(recipe), "--json"),
+        env=environment(home),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         process.wait(timeout=delay_s)
         return False
@@ -80,7 +91,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kills", type=int, default=30)
     options.add_argument("--folder", type=Path, required=True)
-    options.add_argument("--base", type=Path, help="a base in diffusers layout; default: a tiny one with random weights")
+    options.add_argument(
+        "--base", type=Path, help="a base in diffusers layout; default: a tiny one with random weights"
+    )
     arguments = options.parse_args()
     folder: Path = arguments.folder.resolve()
     base = arguments.base or folder / "base"
@@ -107,11 +120,26 @@ def main() -> None:
         orphans = left_running(home)
         states = [entry.progress.get("stage") for entry in _running(home)]
         card = run(home, recipe)
-        doctor = subprocess.run(command("doctor", "--fix", "--json"), env=environment(home), capture_output=True, text=True,
-                                timeout=LIMIT_S, check=False)
-        line = {"kill": index, "delay_s": round(delay_s, 2), "duration_s": duration_s, "killed": killed, "stage": states,
-                "orphans": orphans, "same": card["adapter"]["sha256"] == wanted, "still_running": len(_running(home)),
-                "doctor": doctor.returncode, "outcomes": {s["name"]: s["outcome"] for s in card["stages"]}}
+        doctor = subprocess.run(
+            command("doctor", "--fix", "--json"),
+            env=environment(home),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+        line = {
+            "kill": index,
+            "delay_s": round(delay_s, 2),
+            "duration_s": duration_s,
+            "killed": killed,
+            "stage": states,
+            "orphans": orphans,
+            "same": card["adapter"]["sha256"] == wanted,
+            "still_running": len(_running(home)),
+            "doctor": doctor.returncode,
+            "outcomes": {s["name"]: s["outcome"] for s in card["stages"]},
+        }
         with tally_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         tally.append(line)
