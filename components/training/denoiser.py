@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from components.diffusion.draws import Draw
 from components.diffusion.objectives import Objective, RectifiedFlow
 from components.diffusion.timesteps import stratified
-from components.training.captions import EMPTY_PROMPT, caption
+from components.training.captions import BOS, EMPTY_PROMPT, EOS, caption
 from components.training.order import epoch_order
 from components.training.pictures import Picture, Pictures
 
@@ -51,9 +52,9 @@ def new_text_encoder(tokenizer: CLIPTokenizer, hidden_size: int, layers: int) ->
             num_hidden_layers=layers,
             num_attention_heads=hidden_size // 48,
             max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.convert_tokens_to_ids(BOS),  # pyright: ignore[reportArgumentType]
+            eos_token_id=tokenizer.convert_tokens_to_ids(EOS),  # pyright: ignore[reportArgumentType]
+            pad_token_id=tokenizer.convert_tokens_to_ids(EOS),  # pyright: ignore[reportArgumentType]
             projection_dim=hidden_size,
         )
     )

@@ -21,6 +21,7 @@ from components.workspace import Workspace
 from flows import cli
 from flows.console import number, seconds, size
 from tests.conftest import Served
+from tests.flows.conftest import safelight
 from tests.pictures import write_pictures, write_recipe
 
 COMMANDS = [
@@ -250,35 +251,6 @@ def test_numbers_and_sizes_read_well():
 
 
 # against real servers ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def trained(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run card of a small recipe, retrained through the command line."""
-    from tests.tiny import tiny_stable_diffusion
-
-    folder = tmp_path_factory.mktemp("signs")
-    path = write_recipe(
-        folder / "recipe.toml", write_pictures(folder / "pictures"), tiny_stable_diffusion(folder / "base"), steps=10
-    )
-    return safelight(served, "retrain", str(path), "--set", "training.checkpointing_steps=5") | {
-        "recipe_path": str(path)
-    }
-
-
-def safelight(served: Served, *arguments: str, code: int = 0) -> dict[str, Any]:
-    """A command in a process of its own; its JSON document."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments, "--json"],
-        env=os.environ | served.environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-    return json.loads(done.stdout)
 
 
 @pytest.mark.services
