@@ -101,7 +101,7 @@ def _event(data: bytes) -> dict[str, Any]:
         raise Refused(422, "expected one JSON object") from None
     if not isinstance(body, dict) or not body.keys() <= FIELDS.keys():
         raise Refused(422, f"expected a JSON object with the fields {', '.join(FIELDS)}")
-    event = {name: body.get(name) for name in FIELDS}
+    event: dict[str, Any] = {name: body.get(name) for name in FIELDS}
     for name, expected in FIELDS.items():
         if not isinstance(event[name], expected) or isinstance(event[name], bool):
             raise Refused(422, f"{name} is {event[name]!r:.80}, expected {getattr(expected, '__name__', expected)}")

@@ -74,7 +74,7 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
         keys["fine-tune"] = fine_tune_key(recipe, base, digest)
         if adapter := committed(bench, keys["fine-tune"]):
             sha256 = adapter.facts["sha256"]
-            champion = champion_of(bench, _mirrored_aliases(bench, recipe.name), recipe.name, sha256)
+            champion = champion_of(bench, mirrored_aliases(bench, recipe.name), recipe.name, sha256)
             keys["evaluate"] = evaluate_key(
                 recipe,
                 base,
@@ -86,7 +86,8 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
     return list(keys.items())
 
 
-def _mirrored_aliases(bench: Bench, name: str) -> dict[str, int]:
+def mirrored_aliases(bench: Bench, name: str) -> dict[str, int]:
+    """The registry's aliases as the catalog last saw them."""
     from sqlalchemy import select
 
     with bench.catalog.read() as session:

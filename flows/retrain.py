@@ -14,11 +14,12 @@ from prefect.runtime import flow_run
 from components.catalog import runs
 from components.catalog.models import ModelVersion
 from components.config import Recipe
+from components.errors import ServiceUnavailable
 from components.latents.keys import cache_key, training_size
 from components.stages import Product, StageResult
 from components.workspace import Workspace
 from flows import services, tracking
-from flows.keys import champion_of, evaluate_key, fine_tune_key, register_key
+from flows.keys import champion_of, evaluate_key, fine_tune_key, mirrored_aliases, register_key
 from flows.open_run import OnEvent, OpenRun, open_run, stage_line, stopping_on_sigterm
 
 UpTo = Literal["curate", "cache", "fine-tune", "evaluate", "register"]
@@ -113,7 +114,7 @@ def evaluate(run_uid: str, snapshot: str) -> str:
     run = _open[run_uid]
     trained = run.results["fine-tune"].product
     contenders = [{"role": "base", "adapter_sha256": None, "step": 0}]
-    aliases = tracking.mirror_versions(run.bench, run.recipe.name)
+    aliases = _aliases(run)
     champion = champion_of(run.bench, aliases, run.recipe.name, trained.facts["sha256"])
     if champion is not None:
         contenders.append({"role": "champion", "adapter_sha256": champion.adapter_sha256, "step": 0})
@@ -249,6 +250,14 @@ def _checkpoints(trained: Product) -> list[tracking.Checkpoint]:
         int(name.removeprefix("adapter-")): ref for name, ref in trained.outputs.items() if name.startswith("adapter-")
     }
     return [tracking.Checkpoint(step, ref.sha256) for step, ref in sorted(steps.items())]
+
+
+def _aliases(run: OpenRun) -> dict[str, int]:
+    """The registry's aliases; while MLflow is away, as the catalog last saw them, so that evaluation goes on."""
+    try:
+        return tracking.mirror_versions(run.bench, run.recipe.name)
+    except ServiceUnavailable:
+        return mirrored_aliases(run.bench, run.recipe.name)
 
 
 def _mirror(run: OpenRun, result: StageResult, evaluation: str) -> None:

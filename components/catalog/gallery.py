@@ -166,7 +166,7 @@ def board(
     )
 
 
-def _heads() -> Select[tuple[Evaluation, str | None]]:
+def _heads() -> Select[Any]:
     return select(Evaluation, Run.name).outerjoin(Run, Run.run_uid == Evaluation.run_uid)
 
 

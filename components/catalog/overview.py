@@ -267,11 +267,8 @@ def model_cards(catalog: Catalog, name: str, *, below: int | None = None, limit:
         versions = list(session.scalars(query))
         keys = [version.evaluation_key for version in versions]
         evaluations, thumbs = _evaluations(session, keys), _thumbs(session, keys)
-        cards = dict(
-            session.execute(
-                select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))
-            ).all()
-        )
+        made_by = select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))
+        cards = {run_uid: card for run_uid, card in session.execute(made_by)}
     return tuple(
         ModelCard(
             v.name,
@@ -366,11 +363,8 @@ def _live(run: Run, finished: Sequence[str], at: datetime) -> LiveRun:
 
 def _run_rows(session: Session, runs: Sequence[Run]) -> tuple[RunRow, ...]:
     uids = [run.run_uid for run in runs]
-    keys = dict(
-        session.execute(
-            select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")
-        ).all()
-    )
+    evaluated = select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")
+    keys = {run_uid: key for run_uid, key in session.execute(evaluated)}
     evaluations = _evaluations(session, keys.values())
     thumbs = _thumbs(session, evaluations)
     snapshots = {
@@ -382,7 +376,7 @@ def _run_rows(session: Session, runs: Sequence[Run]) -> tuple[RunRow, ...]:
     rows = []
     for run in runs:
         key = keys.get(run.run_uid)
-        snapshot = snapshots.get(run.snapshot_id)
+        snapshot = snapshots.get(run.snapshot_id) if run.snapshot_id is not None else None
         rows.append(
             RunRow(
                 run.run_uid,
