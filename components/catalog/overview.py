@@ -268,7 +268,7 @@ def model_cards(catalog: Catalog, name: str, *, below: int | None = None, limit:
         keys = [version.evaluation_key for version in versions]
         evaluations, thumbs = _evaluations(session, keys), _thumbs(session, keys)
         made_by = select(Run.run_uid, Run.card).where(Run.run_uid.in_([version.run_uid for version in versions]))
-        cards = {run_uid: card for run_uid, card in session.execute(made_by)}
+        cards = {row.run_uid: row.card for row in session.execute(made_by)}
     return tuple(
         ModelCard(
             v.name,
@@ -364,7 +364,7 @@ def _live(run: Run, finished: Sequence[str], at: datetime) -> LiveRun:
 def _run_rows(session: Session, runs: Sequence[Run]) -> tuple[RunRow, ...]:
     uids = [run.run_uid for run in runs]
     evaluated = select(StageRun.run_uid, StageRun.key).where(StageRun.run_uid.in_(uids), StageRun.stage == "evaluate")
-    keys = {run_uid: key for run_uid, key in session.execute(evaluated)}
+    keys = {row.run_uid: row.key for row in session.execute(evaluated)}
     evaluations = _evaluations(session, keys.values())
     thumbs = _thumbs(session, evaluations)
     snapshots = {

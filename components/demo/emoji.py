@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -76,7 +77,7 @@ def drawings(node_modules: Path) -> Iterator[Drawing]:
     rarity = Counter(tag for e in entries for tag in e.get("tags", ()))
     for entry in sorted(entries, key=lambda e: e["order"]):
         code, label = _code(entry["hexcode"]), entry["label"]
-        name = concepts.get(label, label).lower().replace("’", "'")
+        name = str(concepts.get(label, label)).lower().replace("’", "'")
         words = [*(s.replace("_", " ").replace("-", " ") for s in short_names.get(code, ())),
                  *(tag for tag in entry.get("tags", ()) if rarity[tag] <= 3)]  # fmt: skip
         synonyms = tuple(dict.fromkeys(w.lower() for w in words if w.lower() != name and len(w) > 2))[:4]
@@ -159,7 +160,7 @@ def _files(node_modules: Path, vendor: Vendor) -> dict[str, Path]:
     return files
 
 
-def _read_json(path: Path):
+def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise BadInput(f"{path}: not found; run `npm install {path.parts[-3]}` next to it first")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ def assemble_pipeline(model: TextToLatents, vae: AutoencoderKL, folder: Path) ->
         text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
         unet=model.unet,
-        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
@@ -49,6 +49,8 @@ def assemble_pipeline(model: TextToLatents, vae: AutoencoderKL, folder: Path) ->
     for part, network in (("unet", model.unet), ("vae", vae)):
         half = type(network).from_pretrained(partial / part, torch_dtype=torch.float16)
         half.save_pretrained(partial / part)
+    for path in partial.rglob("*.json"):
+        _forget_paths(path)
     size = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
     if size > MAX_BYTES:
         raise DamagedArtifact(f"{partial}: {size} bytes of safetensors, at most {MAX_BYTES} may ship; train smaller")
@@ -57,6 +59,13 @@ def assemble_pipeline(model: TextToLatents, vae: AutoencoderKL, folder: Path) ->
     partial.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def _forget_paths(path: Path) -> None:
+    """Drop the folder that diffusers notes in a config it has loaded: it means nothing on another machine."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_concepts(pictures: Sequence[Picture], path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,9 +26,9 @@ class PixelBatch:
 def new_autoencoder(channels: tuple[int, ...] = (16, 32, 64, 128), latent_channels: int = 8) -> AutoencoderKL:
     """An untrained AutoencoderKL that makes 64x64 px into (8, 8, 8) latents; without attention, so any size works."""
     return AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * len(channels),  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * len(channels),  # pyright: ignore[reportArgumentType]
         latent_channels=latent_channels,
         layers_per_block=1,
         norm_num_groups=8,
@@ -35,6 +36,16 @@ def new_autoencoder(channels: tuple[int, ...] = (16, 32, 64, 128), latent_channe
         sample_size=64,
         scaling_factor=1.0,
     )
+
+
+def posterior_of(model: AutoencoderKL, pixels: Tensor) -> DiagonalGaussianDistribution:
+    """The Gaussian over latents that the encoder sees in (B, 3, H, W) in [-1, 1]."""
+    return model.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def decode(model: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels of latents (B, C, h, w), not clamped."""
+    return model.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
 def augment(pixels: Tensor, draw: Draw) -> Tensor:
@@ -59,9 +70,9 @@ def augment(pixels: Tensor, draw: Draw) -> Tensor:
 def reconstruction_loss(model: AutoencoderKL, batch: PixelBatch, draw: Draw) -> Tensor:
     """L1 and image-gradient L1 over a pyramid, plus a light KL term; scalar."""
     pixels = augment(batch.pixels, draw)
-    posterior = model.encode(pixels).latent_dist
+    posterior = posterior_of(model, pixels)
     latents = posterior.mean + posterior.std * draw.normal(posterior.mean.shape, "posterior").to(posterior.mean)
-    reconstruction = model.decode(latents).sample
+    reconstruction = decode(model, latents)
     kl = posterior.kl().mean() / pixels[0, 0].numel()
     return pyramid_loss(reconstruction, pixels) + KL_WEIGHT * kl
 
@@ -84,8 +95,8 @@ def psnr(model: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> float:
     pixels: (N, 3, H, W) in [-1, 1].
     """
     values = []
-    for chunk in pixels.to(next(model.parameters()).device).split(batch_size):
-        reconstruction = model.decode(model.encode(chunk).latent_dist.mean).sample.clamp(-1, 1)
+    for chunk in pixels.to(model.device).split(batch_size):
+        reconstruction = decode(model, posterior_of(model, chunk).mean).clamp(-1, 1)
         mse = (reconstruction - chunk).square().mean(dim=(1, 2, 3)) / 4  # on a range of [0, 1]
         values.append(-10 * mse.clamp_min(1e-10).log10())
     return torch.cat(values).mean().item()
@@ -98,16 +109,16 @@ def fold_latent_statistics(model: AutoencoderKL, pixels: Tensor, batch_size: int
     The stock pipeline knows one `scaling_factor` and no per-channel mean; afterwards neither is needed.
     """
     chunks = pixels.to(model.device).split(batch_size)
-    means = torch.cat([model.encode(chunk).latent_dist.mean for chunk in chunks])
+    means = torch.cat([posterior_of(model, chunk).mean for chunk in chunks])
     mean, std = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))  # (C,)
     channels = len(mean)
     quant, post_quant = model.quant_conv, model.post_quant_conv
-    assert quant is not None and post_quant is not None
+    assert quant is not None and quant.bias is not None and post_quant is not None and post_quant.bias is not None
     quant.weight[:channels] /= std.view(-1, 1, 1, 1)
     quant.bias[:channels] = (quant.bias[:channels] - mean) / std
     quant.bias[channels:] -= 2 * std.log()
-    post_quant.bias += (post_quant.weight.flatten(1) * mean).sum(dim=1)
-    post_quant.weight *= std.view(1, -1, 1, 1)
+    post_quant.bias.add_((post_quant.weight.flatten(1) * mean).sum(dim=1))
+    post_quant.weight.mul_(std.view(1, -1, 1, 1))
 
 
 def _move(pixels: Tensor, zoom: Tensor, shift: Tensor) -> Tensor:

@@ -49,5 +49,5 @@ def train_tokenizer(corpus: Iterator[str], folder: Path, *, vocab_size: int, max
     tokens = [BOS, EOS, *letters, *(letter + END_OF_WORD for letter in letters), *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)
-    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length).save_pretrained(folder)
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
     return CLIPTokenizer.from_pretrained(folder)

@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from components.diffusion.draws import Draw
 from components.diffusion.objectives import Objective, RectifiedFlow
 from components.diffusion.timesteps import stratified
+from components.training.autoencoder import posterior_of
 from components.training.captions import BOS, EMPTY_PROMPT, EOS, caption
 from components.training.order import epoch_order
 from components.training.pictures import Picture, Pictures
@@ -73,7 +74,8 @@ def new_unet(
         down_block_types=("CrossAttnDownBlock2D",) * len(channels),
         up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         cross_attention_dim=text_size,
-        attention_head_dim=tuple(width // 48 for width in channels),  # a number of heads: diffusers' historical name
+        # Numbers of heads, by the name that diffusers kept for them.
+        attention_head_dim=tuple(width // 48 for width in channels),  # pyright: ignore[reportArgumentType]
         norm_num_groups=16,
     )
 
@@ -111,4 +113,4 @@ def probe_of(pictures: Pictures, latents: Tensor, size: int = 128) -> tuple[list
 def encode(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
     """Latent means (N, C, h, w) of pixels (N, 3, H, W) in [-1, 1], on the autoencoder's device."""
     chunks = pixels.split(batch_size)
-    return torch.cat([vae.encode(chunk.to(vae.device)).latent_dist.mean for chunk in chunks])
+    return torch.cat([posterior_of(vae, chunk.to(vae.device)).mean for chunk in chunks])

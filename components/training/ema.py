@@ -22,7 +22,8 @@ class ExponentialAverage:
     def update(self, step: int) -> None:
         """Take in the parameters after optimizer step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.tensors.values()), list(self.parameters.values()), 1 - decay)
+        for name, average in self.tensors.items():
+            average.lerp_(self.parameters[name], 1 - decay)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from the averages of a checkpoint. Raises: KeyError when a name is missing."""

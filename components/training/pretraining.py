@@ -81,7 +81,7 @@ def train_autoencoder(
     train, test = pictures.where(not h for h in held_out), pictures.where(held_out)
     test_pixels = to_unit(test.pixels)
     torch.manual_seed(config.seed)
-    model = new_autoencoder().to(device)
+    model = new_autoencoder().to(device)  # pyright: ignore[reportArgumentType]
     parameters = dict(model.named_parameters())
     optimizer = muon_for(parameters, config.vae_learning_rate, exclude=("conv_in", "conv_out.weight", "quant"))
     journal, start_step = Journal(out / "journal.jsonl"), 0
@@ -128,8 +128,8 @@ def train_denoiser(
     """Train text encoder and U-Net on the concrete pictures' latents; checkpoints in `out` hold the averages too.
 
     It runs on the device of `vae`. Without a checkpoint in `out` it begins with the weights of the pipeline folder
-    `start`, or with fresh ones. The journal gets the training loss and, at checkpoints, the fixed-noise loss of the averaged weights on trained and
-    on held-out pictures (one style of an emoji whose other styles are trained on).
+    `start`, or with fresh ones. The journal gets the training loss and, at checkpoints, the fixed-noise loss of the
+    averaged weights on trained pictures and on held-out ones (one style of an emoji whose other styles are trained on).
     """
     concrete = pictures.where(row.concrete for row in pictures.rows)
     held_out = [hash_fraction(row.file_name) < config.held_out_styles for row in concrete.rows]
@@ -222,7 +222,8 @@ def run_stage(
         return
     vae = AutoencoderKL.from_pretrained(start / "vae" if start else out / "vae/model")
     if stage == "unet":
-        train_denoiser(pictures, vae.to(device), out / "unet", config, start=start, should_stop=should_stop)
+        vae.to(device)  # pyright: ignore[reportArgumentType]
+        train_denoiser(pictures, vae, out / "unet", config, start=start, should_stop=should_stop)
     elif stage == "assemble":
         assemble_pipeline(averaged_denoiser(concrete, out / "unet", config), vae, out / "pipeline")
         write_concepts(concrete.rows, out / "concepts.json")

@@ -67,6 +67,10 @@ def test_it_ships_half_precision_except_for_the_text_encoder_within_its_budget()
         assert kinds == ({"F32"} if path.parent.name == "text_encoder" else {"F16"})
 
 
+def test_its_configs_name_no_folder_of_the_machine_that_trained_it():
+    assert not [path for path in EMBEDDED.rglob("*.json") if "_name_or_path" in path.read_text(encoding="utf-8")]
+
+
 def test_its_scheduler_names_the_objective_it_was_trained_with(pipeline: StableDiffusionPipeline):
     assert isinstance(objective_from_scheduler(pipeline.scheduler.config), RectifiedFlow)
     assert pipeline.scheduler.config["steps_offset"] == 1

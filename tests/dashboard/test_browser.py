@@ -38,6 +38,8 @@ FLAGS = [
     "--disable-sync",
 ]
 PATIENCE_MS = 60_000
+CUT_OFF = """[...document.querySelectorAll('.stHtml *')].filter(
+    node => node.getBoundingClientRect().right > innerWidth + 1).map(node => node.outerHTML.slice(0, 120))"""
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ def test_every_page_fits_its_window(browser: "playwright.Browser", site: Site, w
         tab.wait_for_load_state("networkidle")
         tab.screenshot(path=folder / f"{name}-{width}.png")
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(CUT_OFF) == []
         if name == "compare":
             assert "seed=2" in tab.url
             assert tab.locator(".head").inner_text().count("400") == 1

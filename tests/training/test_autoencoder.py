@@ -49,6 +49,8 @@ def test_an_edge_in_the_wrong_place_costs_more_than_the_same_error_spread_out():
 
 def test_psnr_follows_its_definition():
     class Darker(torch.nn.Module):
+        device = torch.device("cpu")
+
         def encode(self, x):
             return type("Encoded", (), {"latent_dist": type("Dist", (), {"mean": x})})
 

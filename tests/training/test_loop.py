@@ -56,11 +56,15 @@ class Run:
     def checkpoint(self, steps: int) -> None:
         if self.folder:
             tensors = {
-                "model": self.model.state_dict(), "ema": self.ema.tensors, "optimizer": optimizer_tensors(self.optimizer)
-            }  # fmt: skip
+                "model": self.model.state_dict(),
+                "ema": self.ema.tensors,
+                "optimizer": optimizer_tensors(self.optimizer),
+            }
             save_checkpoint(self.folder, steps, tensors, {})
 
-    def fit(self, steps: int, *, should_stop: Callable[[], bool] = lambda: False, loss=None, batches=None, **more) -> int:
+    def fit(
+        self, steps: int, *, should_stop: Callable[[], bool] = lambda: False, loss=None, batches=None, **more
+    ) -> int:
         return fit(
             list(self.model.parameters()), batches or rows_from(self.start_step), loss or self.loss, self.optimizer,
             learning_rate_at("cosine", 1e-2, max_train_steps=30, warmup_steps=5), draws=Draws(0),

@@ -44,7 +44,12 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_stages_end_in_a_pipeline_that_draws(run: Path):
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
     assert pipeline("ball, noto style", num_inference_steps=2).images[0].size == (64, 64)
-    assert [concept["name"] for concept in json.loads((run / "concepts.json").read_text())] == ["ball", "box", "cup", "hat"]
+    assert [concept["name"] for concept in json.loads((run / "concepts.json").read_text())] == [
+        "ball",
+        "box",
+        "cup",
+        "hat",
+    ]
 
 
 def test_a_stopped_pre_training_resumes_to_the_bits_of_an_unbroken_one(run: Path, data: Path, tmp_path: Path):
