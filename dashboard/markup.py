@@ -109,7 +109,8 @@ def table(heads: Iterable[str | Markup], rows: Iterable[Iterable[str | Markup]],
     body = Markup("").join(
         Markup("<tr>{}</tr>").format(
             Markup("").join(
-                Markup('<td data-head="{}"><div>{}</div></td>').format(head, cell) for head, cell in zip(heads, row, strict=True)
+                Markup('<td data-head="{}"><div>{}</div></td>').format(head, cell)
+                for head, cell in zip(heads, row, strict=True)
             )
         )
         for row in rows
