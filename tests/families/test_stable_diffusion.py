@@ -97,6 +97,7 @@ def test_a_folder_that_is_no_pipeline_is_refused_in_one_line(base: BaseModel, tm
 
 
 @pytest.mark.parametrize("name", ["../x", "--upload-pack=x", "/no/such/folder", "just-a-word"])
-def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(name: str):
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(BaseModelError, match="no such folder and no hub id"):
         resolve_base(BaseModelConfig(model=name))
