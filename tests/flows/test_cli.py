@@ -22,7 +22,7 @@ from flows import cli
 from flows.console import number, seconds, size
 from tests.conftest import Served
 from tests.flows.conftest import safelight
-from tests.pictures import write_pictures, write_recipe
+from tests.pictures import write_pictures
 
 COMMANDS = [
     *("demo", "init", "up", "down", "status", "doctor", "plan", "curate", "cache", "retrain", "evaluate", "promote"),

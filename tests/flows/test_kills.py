@@ -55,6 +55,13 @@ def _in_stage(catalog: Catalog, home: Path, stage: str) -> bool:
         return False
 
 
+def _run(home: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"SAFELIGHT_HOME": str(home)}
+    return subprocess.run(
+        kills.command(*words), env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
 @pytest.mark.services
 def test_a_run_killed_in_stage_after_stage_ends_with_the_bytes_of_an_undisturbed_one(
     trained: dict[str, Any], home: Path
@@ -62,12 +69,9 @@ def test_a_run_killed_in_stage_after_stage_ends_with_the_bytes_of_an_undisturbed
     for stage in MOMENTS:
         kill_in(stage, home, trained["recipe_path"])
         assert kills.left_running(home) == []
-    done = subprocess.run(
-        kills.command("retrain", trained["recipe_path"], *SETTINGS, "--json"), env=os.environ | {"SAFELIGHT_HOME": str(home)}, capture_output=True, text=True,
-        timeout=400, check=False)  # fmt: skip
+    done = _run(home, "retrain", trained["recipe_path"], *SETTINGS, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["adapter"]["sha256"] == trained["adapter"]["sha256"]
-    subprocess.run(kills.command("doctor", "--fix", "--json"), env=os.environ | {"SAFELIGHT_HOME": str(home)}, timeout=300,
-                   capture_output=True, check=False)  # fmt: skip
+    _run(home, "doctor", "--fix", "--json")
     assert runs.running(Catalog(Workspace(home).catalog_url)) == []
     shutil.rmtree(home, ignore_errors=True)

@@ -2,9 +2,9 @@
 
     python -m tests.soak.kills --kills 30 --folder /tmp/kills
 
-Each kill has a workspace of its own; the servers are shared. The tally in `tally.jsonl` is kept, and a campaign that was
-itself interrupted goes on where it was. Passes when every killed run, run again, ends with the sha256 of the undisturbed
-one, nothing of it is left running, and `safelight doctor --fix` leaves no run in state running.
+Each kill has a workspace of its own; the servers are shared. The tally in `tally.jsonl` is kept, and a campaign that
+was itself interrupted goes on where it was. Passes when every killed run, run again, ends with the sha256 of the
+undisturbed one, nothing of it is left running, and `safelight doctor --fix` leaves no run in state running.
 """
 
 import argparse
