@@ -12,7 +12,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
 
 from components.catalog import runs
-from components.catalog.models import ModelVersion
+from components.catalog.models import Adapter, ModelVersion
 from components.config import Recipe
 from components.errors import ServiceUnavailable
 from components.latents.keys import cache_key, training_size
@@ -104,6 +104,7 @@ def fit_adapter(run_uid: str, snapshot: str) -> str:
     )
     if result.outcome == "reused":  # the series of the training that made it belong to this run's record too
         _replay(run, result.product)
+    _note_adapters(run, result)
     run.tracker.tags({"adapter_sha256": result.product.facts["sha256"]})
     return result.key
 
@@ -243,6 +244,12 @@ def _replay(run: OpenRun, product: Product) -> None:
         if name.startswith("preview-"):
             _, step, index = name.split("-")
             run.tracker.image(f"preview/{index}", ref.sha256, int(step))
+
+
+def _note_adapters(run: OpenRun, result: StageResult) -> None:
+    with run.bench.catalog.write() as session:
+        for checkpoint in _checkpoints(result.product):
+            session.merge(Adapter(sha256=checkpoint.sha256, stage_key=result.key, step=checkpoint.step))
 
 
 def _checkpoints(trained: Product) -> list[tracking.Checkpoint]:
