@@ -75,6 +75,10 @@ class TrainingConfig(Config):
         "auto", description="What the model predicts; auto: as the base's scheduler says."
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="Density of training times.")
+    logit_mean: float = Field(
+        0.0, description="Mean logit of logit_normal times; above 0: towards noise, where forms are."
+    )
+    logit_std: float = Field(1.0, gt=0, description="Their spread.")
     snr_gamma: float | None = Field(None, gt=0, description="Min-SNR-gamma loss weighting (epsilon and v); none: off.")
     caption_dropout_rate: float = Field(0.1, ge=0, lt=1, description="Share of steps that see the empty prompt.")
     checkpointing_steps: int = Field(100, ge=1, description="Steps between checkpoints.")

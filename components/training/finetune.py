@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from components.training.validation import log_mean_ratio, validation_losses
 
 PREVIEW_STEPS = 12  # sampler steps of a preview: a look, not a measurement
 PREVIEW_GUIDANCE = 4.0
-TIMES = {"uniform": uniform, "logit_normal": logit_normal}
 Event = Callable[[dict[str, Any]], None]
 
 
@@ -92,9 +92,13 @@ def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, res
 
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
     """The objective that the base was trained with. Raises BaseModelError when the recipe asks for another."""
+    times = {
+        "uniform": uniform,
+        "logit_normal": partial(logit_normal, mean=training.logit_mean, std=training.logit_std),
+    }
     return objective_from_scheduler(
         base.architecture.scheduler_config(base.path),
-        to_time=TIMES[training.timestep_sampling],
+        to_time=times[training.timestep_sampling],
         prediction_type=training.prediction_type,
         snr_gamma=training.snr_gamma,
     )
