@@ -26,6 +26,7 @@ def home(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A workspace of its own that uses the session's servers."""
     for name, value in served.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SAFELIGHT_OWN_PREFECT", raising=False)  # for this workspace both servers are somebody else's
     monkeypatch.setenv("SAFELIGHT_MLFLOW_URI", served.urls.mlflow_url)
     monkeypatch.setenv("SAFELIGHT_HOME", str(tmp_path / "killed"))
     return tmp_path / "killed"
