@@ -7,19 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from components.errors import RecipeError
 
 
-class Config(BaseModel, frozen=True, extra="forbid"):
+class Config(BaseModel):
     """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class DataSource(Config):
     path: str = Field(description="A folder of pictures with captions; relative paths count from the recipe's folder.")
-    licence: str | None = Field(None, description="SPDX id for pictures that state none themselves.")
-    caption_lines: Literal["first", "whole"] = Field("first", description="What of a caption file is the caption.")
+    licence: str | None = Field(default=None, description="SPDX id for pictures that state none themselves.")
+    caption_lines: Literal["first", "whole"] = Field(
+        default="first", description="What of a caption file is the caption."
+    )
 
 
 class DataConfig(Config):
@@ -28,64 +32,80 @@ class DataConfig(Config):
 
 class CurationConfig(Config):
     min_side: int | Literal["auto"] = Field(
-        "auto", description="Smallest side in pixels; auto: min(200, training size)."
+        default="auto", description="Smallest side in pixels; auto: min(200, training size)."
     )
-    max_aspect: float = Field(3.0, gt=1, description="Longest side over shortest side.")
-    near_duplicates: bool = Field(True, description="Keep one of each group of near duplicates.")
-    phash_distance: int = Field(6, ge=0, le=64, description="pHash bits in which near duplicates may differ.")
-    dhash_distance: int = Field(8, ge=0, le=64, description="dHash bits in which near duplicates may differ.")
-    colour_distance: float = Field(12.0, ge=0, description="Mean RGB distance (0-441) up to which colours are close.")
-    min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are flagged.")
-    strict: bool = Field(False, description="Stop at the first rejected file instead of recording a verdict.")
+    max_aspect: float = Field(default=3.0, gt=1, description="Longest side over shortest side.")
+    near_duplicates: bool = Field(default=True, description="Keep one of each group of near duplicates.")
+    phash_distance: int = Field(default=6, ge=0, le=64, description="pHash bits in which near duplicates may differ.")
+    dhash_distance: int = Field(default=8, ge=0, le=64, description="dHash bits in which near duplicates may differ.")
+    colour_distance: float = Field(
+        default=12.0, ge=0, description="Mean RGB distance (0-441) up to which colours are close."
+    )
+    min_caption_words: int = Field(default=1, ge=0, description="Captions with fewer words are flagged.")
+    strict: bool = Field(default=False, description="Stop at the first rejected file instead of recording a verdict.")
     test_fraction: float = Field(
-        0.1, ge=0, lt=1, description="Share of components held out where the data names no split."
+        default=0.1, ge=0, lt=1, description="Share of components held out where the data names no split."
     )
-    split_salt: str = Field("safelight", description="Seeds the hash that assigns components to splits.")
+    split_salt: str = Field(default="safelight", description="Seeds the hash that assigns components to splits.")
 
 
 class BaseModelConfig(Config):
-    model: str = Field("embedded", description='"embedded", a folder in diffusers layout, or a hub id.')
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="Commit of a hub model, 40 hex digits.")
+    model: str = Field(default="embedded", description='"embedded", a folder in diffusers layout, or a hub id.')
+    revision: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{40}$", description="Commit of a hub model, 40 hex digits."
+    )
 
 
 class TrainingConfig(Config):
-    adapter: Literal["lora"] = Field("lora", description="Kind of adapter.")
-    rank: int = Field(16, ge=1, description="LoRA rank r; the update is scaled by lora_alpha / r.")
-    lora_alpha: float = Field(16.0, gt=0, description="Numerator of the scale.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    adapter: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    rank: int = Field(default=16, ge=1, description="LoRA rank r; the update is scaled by lora_alpha / r.")
+    lora_alpha: float = Field(default=16.0, gt=0, description="Numerator of the scale.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Literal["attention", "attention-mlp", "all-linear", "all"] = Field(
-        "attention-mlp", description="Layers that take an adapter; all: convolutions too."
+        default="attention-mlp", description="Layers that take an adapter; all: convolutions too."
     )
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    optimizer: Literal["adamw"] = Field("adamw", description="Optimizer.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta2.")
-    lr_scheduler: Literal["constant", "cosine", "linear"] = Field("constant", description="Shape after the warm-up.")
-    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    max_train_steps: int = Field(600, ge=1, description="Optimizer steps.")
-    train_batch_size: int = Field(16, ge=1, description="Samples in one forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes for one optimizer step.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    optimizer: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta1.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW beta2.")
+    lr_scheduler: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="Shape after the warm-up."
+    )
+    lr_warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+    max_train_steps: int = Field(default=600, ge=1, description="Optimizer steps.")
+    train_batch_size: int = Field(default=16, ge=1, description="Samples in one forward pass.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes for one optimizer step.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
     resolution: int | Literal["auto"] = Field(
-        "auto", description="Training size in pixels; auto: the base model's own."
+        default="auto", description="Training size in pixels; auto: the base model's own."
     )
-    seed: int = Field(42, ge=0, description="Seeds weights, order, noise and times.")
+    seed: int = Field(default=42, ge=0, description="Seeds weights, order, noise and times.")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction"] = Field(
-        "auto", description="What the model predicts; auto: as the base's scheduler says."
+        default="auto", description="What the model predicts; auto: as the base's scheduler says."
     )
-    timestep_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="Density of training times.")
+    timestep_sampling: Literal["uniform", "logit_normal"] = Field(
+        default="uniform", description="Density of training times."
+    )
     logit_mean: float = Field(
-        0.0, description="Mean logit of logit_normal times; above 0: towards noise, where forms are."
+        default=0.0, description="Mean logit of logit_normal times; above 0: towards noise, where forms are."
     )
-    logit_std: float = Field(1.0, gt=0, description="Their spread.")
-    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR-gamma loss weighting (epsilon and v); none: off.")
-    caption_dropout_rate: float = Field(0.1, ge=0, lt=1, description="Share of steps that see the empty prompt.")
-    checkpointing_steps: int = Field(100, ge=1, description="Steps between checkpoints.")
-    validation_times: int = Field(8, ge=1, description="Stratified times of the fixed-noise validation loss.")
-    validation_items: int = Field(96, ge=1, description="Held-out samples that the validation loss uses at most.")
-    preview_prompts: int = Field(8, ge=0, description="Fixed prompts drawn at every checkpoint.")
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, none on the CPU.")
+    logit_std: float = Field(default=1.0, gt=0, description="Their spread.")
+    snr_gamma: float | None = Field(
+        default=None, gt=0, description="Min-SNR-gamma loss weighting (epsilon and v); none: off."
+    )
+    caption_dropout_rate: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of steps that see the empty prompt."
+    )
+    checkpointing_steps: int = Field(default=100, ge=1, description="Steps between checkpoints.")
+    validation_times: int = Field(default=8, ge=1, description="Stratified times of the fixed-noise validation loss.")
+    validation_items: int = Field(
+        default=96, ge=1, description="Held-out samples that the validation loss uses at most."
+    )
+    preview_prompts: int = Field(default=8, ge=0, description="Fixed prompts drawn at every checkpoint.")
+    mixed_precision: Literal["auto", "no", "bf16"] = Field(
+        default="auto", description="auto: bf16 on CUDA, none on the CPU."
+    )
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -97,19 +117,25 @@ class TrainingConfig(Config):
 
 
 class EvaluationConfig(Config):
-    prompts: int = Field(100, ge=1, description="Held-out captions drawn once per seed.")
-    seeds_per_prompt: int = Field(1, ge=1, description="Seeds for each of them.")
-    variety_prompts: int = Field(20, ge=0, description="Of these, prompts that are drawn with more seeds for variety.")
-    variety_seeds: int = Field(4, ge=2, description="Seeds for each variety prompt.")
-    num_inference_steps: int = Field(25, ge=1, description="Sampler steps.")
-    guidance_scale: float = Field(4.0, ge=1, description="Classifier-free guidance; 1: off.")
-    scheduler: Literal["auto", "dpmsolver++", "ddim", "euler", "unipc"] = Field(
-        "auto", description="auto: the base's own."
+    prompts: int = Field(default=100, ge=1, description="Held-out captions drawn once per seed.")
+    seeds_per_prompt: int = Field(default=1, ge=1, description="Seeds for each of them.")
+    variety_prompts: int = Field(
+        default=20, ge=0, description="Of these, prompts that are drawn with more seeds for variety."
     )
-    embedder: str = Field("auto", description='Feature space of the metrics; auto: "imagenet", which is offline.')
-    seed: int = Field(0, ge=0, description="First seed of the gallery.")
-    batch_size: int = Field(20, ge=1, description="Micro-batch of generation, always full: bits depend on it.")
-    palette: dict[str, str] = Field({}, description='Colour words and their "#rrggbb": adds the metric colour_match.')
+    variety_seeds: int = Field(default=4, ge=2, description="Seeds for each variety prompt.")
+    num_inference_steps: int = Field(default=25, ge=1, description="Sampler steps.")
+    guidance_scale: float = Field(default=4.0, ge=1, description="Classifier-free guidance; 1: off.")
+    scheduler: Literal["auto", "dpmsolver++", "ddim", "euler", "unipc"] = Field(
+        default="auto", description="auto: the base's own."
+    )
+    embedder: str = Field(
+        default="auto", description='Feature space of the metrics; auto: "imagenet", which is offline.'
+    )
+    seed: int = Field(default=0, ge=0, description="First seed of the gallery.")
+    batch_size: int = Field(default=20, ge=1, description="Micro-batch of generation, always full: bits depend on it.")
+    palette: dict[str, str] = Field(
+        default={}, description='Colour words and their "#rrggbb": adds the metric colour_match.'
+    )
 
     @field_validator("palette")
     @classmethod
@@ -122,14 +148,16 @@ class EvaluationConfig(Config):
 
 class PromotionConfig(Config):
     policy: Literal["review", "auto"] = Field(
-        "review", description="auto: the gate's promotion moves the champion alias."
+        default="review", description="auto: the gate's promotion moves the champion alias."
     )
-    primary: str = Field("kid", description="Metric that decides; its better direction is the metric's own.")
-    min_gain: float = Field(0.0, ge=0, description="The lower bound of the gain must exceed this.")
-    prompt_match_margin: float = Field(0.05, ge=0, description="Loss of prompt match against the base that is allowed.")
-    variety_ratio: float = Field(0.8, gt=0, description="Variety must stay above this share of the base's.")
-    max_copy_rate: float = Field(0.05, gt=0, lt=1, description="Upper bound of the share of near copies.")
-    min_prompts: int = Field(30, ge=1, description="Fewer prompts: hold, insufficient.")
+    primary: str = Field(default="kid", description="Metric that decides; its better direction is the metric's own.")
+    min_gain: float = Field(default=0.0, ge=0, description="The lower bound of the gain must exceed this.")
+    prompt_match_margin: float = Field(
+        default=0.05, ge=0, description="Loss of prompt match against the base that is allowed."
+    )
+    variety_ratio: float = Field(default=0.8, gt=0, description="Variety must stay above this share of the base's.")
+    max_copy_rate: float = Field(default=0.05, gt=0, lt=1, description="Upper bound of the share of near copies.")
+    min_prompts: int = Field(default=30, ge=1, description="Fewer prompts: hold, insufficient.")
 
 
 class Recipe(Config):

@@ -145,7 +145,7 @@ def splits_of(catalog: Catalog, snapshot_id: int) -> dict[str, str]:
         return {digest: split for digest, split in session.execute(query) if digest and split}
 
 
-def _snapshots(catalog: Catalog, query: Select[Snapshot]) -> list[SnapshotRow]:
+def _snapshots(catalog: Catalog, query: Select[tuple[Snapshot]]) -> list[SnapshotRow]:
     with catalog.read() as session:
         return [SnapshotRow(row.id, row.dataset, row.version, row.digest, row.kept, row.rejected, row.created_at,
                             row.profile) for row in session.scalars(query)]

@@ -20,8 +20,8 @@ from components.errors import BaseModelError
 
 
 class Denoiser(Protocol):
-    def __call__(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """(B, C, H, W), (B,), (B, L, D) -> the prediction, (B, C, H, W)."""
+    def __call__(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Any, /) -> Tensor:
+        """(B, C, H, W), (B,), what the family conditions on -> the prediction, (B, C, H, W)."""
         ...
 
 
@@ -61,7 +61,7 @@ class Objective(ABC):
     def target(self, x: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         """What the model should predict; (B, C, H, W), with signal and sigma (B, 1, 1, 1)."""
 
-    def at(self, denoiser: Denoiser, latents: Tensor, prompt_embeds: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def at(self, denoiser: Denoiser, latents: Tensor, prompt_embeds: Any, t: Tensor, noise: Tensor) -> Tensor:
         """Weighted error per sample, (B,), at given times (B,) and noise (B, C, H, W)."""
         point = self.point(t)
         signal, sigma = (c.to(latents).view(-1, 1, 1, 1) for c in (point.signal, point.sigma))
@@ -69,7 +69,7 @@ class Objective(ABC):
         error = (prediction - self.target(latents, noise, signal, sigma)).square().mean(dim=(1, 2, 3))
         return self.weight(point.snr).to(error) * error
 
-    def per_sample(self, denoiser: Denoiser, latents: Tensor, prompt_embeds: Tensor, draw: Draw) -> Tensor:
+    def per_sample(self, denoiser: Denoiser, latents: Tensor, prompt_embeds: Any, draw: Draw) -> Tensor:
         """Weighted error per sample, (B,), at the times and with the noise that `draw` gives each sample."""
         noise = draw.normal(latents.shape).to(latents)
         return self.at(denoiser, latents, prompt_embeds, self.to_time(draw.uniform(len(latents))), noise)

@@ -30,9 +30,11 @@ class AutoencoderEncoder:
 
     def __init__(self, base: Path, device: str):
         import torch
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
-        self._vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32).to(device).eval()
+        self._vae: Any = (
+            AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32).to(device).eval()
+        )
         self._device = device
 
     def encode(self, pixels: "Tensor") -> "dict[str, Tensor]":
@@ -79,11 +81,11 @@ class ClipPromptEncoder:
 class StableDiffusion:
     """The family of the Latent Diffusion paper (Rombach et al. 2022, arXiv:2112.10752) as diffusers lays it out."""
 
-    name = "stable-diffusion"
-    parts = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-    pixel_parts = ("vae",)
-    prompt_parts = ("text_encoder", "tokenizer")
-    denoiser_part = "unet"
+    name: str = "stable-diffusion"
+    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    pixel_parts: tuple[str, ...] = ("vae",)
+    prompt_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
+    denoiser_part: str = "unet"
 
     def geometry(self, base: Path) -> Geometry:
         vae = json.loads((base / "vae" / "config.json").read_text())
@@ -110,7 +112,7 @@ class StableDiffusion:
 
     def load_denoiser(self, base: Path, device: str) -> "nn.Module":
         import torch
-        from diffusers import UNet2DConditionModel
+        from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 
         return UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32).to(device)
 
@@ -131,7 +133,7 @@ class StableDiffusion:
         ]
 
     def load_pipeline(self, base: Path, device: str, dtype: "torch.dtype") -> Any:
-        from diffusers import StableDiffusionPipeline
+        from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=dtype).to(device)
         pipeline.set_progress_bar_config(disable=True)

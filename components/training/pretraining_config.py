@@ -11,27 +11,35 @@ from pydantic import BaseModel, Field
 class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     """Sizes and schedules of the embedded base."""
 
-    seed: int = Field(0, description="Seed of weights, order, noise and augmentation.")
-    held_out: float = Field(0.04, ge=0, lt=1, description="Share of emoji kept from the autoencoder's training.")
-    held_out_styles: float = Field(0.03, ge=0, lt=1, description="Share of pictures kept from the denoiser's training.")
-    vae_steps: int = Field(1040, ge=1, description="Optimizer steps of the autoencoder.")
-    vae_batch_size: int = Field(16, ge=1)
-    vae_learning_rate: float = Field(4e-3, gt=0, description="Peak rate; Muon for kernels, AdamW for the rest.")
-    vocab_size: int = Field(2048, ge=512, description="Byte-level BPE, without the end-of-word bytes.")
-    max_prompt_tokens: int = Field(24, ge=8)
-    text_size: int = Field(192, description="Width of the text encoder.")
-    text_layers: int = Field(3, ge=1)
-    unet_channels: tuple[int, ...] = Field((96, 192), description="Widths of the U-Net at 8x8 and 4x4.")
-    unet_layers_per_block: int = Field(1, ge=1)
-    unet_steps: int = Field(1780, ge=1, description="Optimizer steps of text encoder and U-Net.")
-    unet_batch_size: int = Field(48, ge=1)
-    unet_learning_rate: float = Field(4e-3, gt=0, description="Peak rate.")
-    time_mean: float = Field(0.9, description="Mean logit of training times; positive: effort where shapes form.")
-    caption_dropout: float = Field(0.1, ge=0, lt=1, description="Share of captions left empty, for guidance.")
-    ema_decay: float = Field(0.996, gt=0, lt=1, description="Of the weights that are shipped.")
-    flip_share: float = Field(0.0, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning.")
-    warmup_steps: int = Field(30, ge=0)
-    checkpointing_steps: int = Field(50, ge=1)
+    seed: int = Field(default=0, description="Seed of weights, order, noise and augmentation.")
+    held_out: float = Field(
+        default=0.04, ge=0, lt=1, description="Share of emoji kept from the autoencoder's training."
+    )
+    held_out_styles: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of pictures kept from the denoiser's training."
+    )
+    vae_steps: int = Field(default=1040, ge=1, description="Optimizer steps of the autoencoder.")
+    vae_batch_size: int = Field(default=16, ge=1)
+    vae_learning_rate: float = Field(default=4e-3, gt=0, description="Peak rate; Muon for kernels, AdamW for the rest.")
+    vocab_size: int = Field(default=2048, ge=512, description="Byte-level BPE, without the end-of-word bytes.")
+    max_prompt_tokens: int = Field(default=24, ge=8)
+    text_size: int = Field(default=192, description="Width of the text encoder.")
+    text_layers: int = Field(default=3, ge=1)
+    unet_channels: tuple[int, ...] = Field(default=(96, 192), description="Widths of the U-Net at 8x8 and 4x4.")
+    unet_layers_per_block: int = Field(default=1, ge=1)
+    unet_steps: int = Field(default=1780, ge=1, description="Optimizer steps of text encoder and U-Net.")
+    unet_batch_size: int = Field(default=48, ge=1)
+    unet_learning_rate: float = Field(default=4e-3, gt=0, description="Peak rate.")
+    time_mean: float = Field(
+        default=0.9, description="Mean logit of training times; positive: effort where shapes form."
+    )
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of captions left empty, for guidance.")
+    ema_decay: float = Field(default=0.996, gt=0, lt=1, description="Of the weights that are shipped.")
+    flip_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning."
+    )
+    warmup_steps: int = Field(default=30, ge=0)
+    checkpointing_steps: int = Field(default=50, ge=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ def _run(home: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.services
+@pytest.mark.timeout(1500)  # five runs
 def test_a_run_killed_in_stage_after_stage_ends_with_the_bytes_of_an_undisturbed_one(
     trained: dict[str, Any], home: Path
 ):
