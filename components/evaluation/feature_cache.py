@@ -12,8 +12,6 @@ from components.latents.encoding import ShardReader, Tensors, encode_missing, lo
 from components.latents.keys import Item
 from components.stages import Bench
 
-NO_ITEMS = 0
-
 
 def features_of(
     bench: Bench,
@@ -24,7 +22,7 @@ def features_of(
 ) -> NDArray[np.float32]:
     """(n, dim) features of `items`, in their order; only those not yet embedded are opened."""
     if not items:
-        return np.empty((NO_ITEMS, embedder.dim), dtype=np.float32)
+        return np.empty((0, embedder.dim), dtype=np.float32)
     encoder = f"features:{embedder.name}:{embedder.revision}"
 
     def encode(batch: list[Item]) -> Tensors:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from components.config import TrainingConfig
 from components.errors import BadInput
@@ -54,7 +54,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return getattr(value, "value", value)
-
-
-def parameter_tensors(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in parameters}
