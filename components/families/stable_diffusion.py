@@ -32,9 +32,8 @@ class AutoencoderEncoder:
         import torch
         from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
-        self._vae: Any = (
-            AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32).to(device).eval()
-        )
+        self._vae: Any = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32).eval()
+        self._vae.to(device)
         self._device = device
 
     def encode(self, pixels: "Tensor") -> "dict[str, Tensor]":
@@ -53,9 +52,8 @@ class ClipPromptEncoder:
         from transformers import CLIPTextModel, CLIPTokenizer
 
         self._tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-        self._model = (
-            CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
-        )
+        self._model: Any = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).eval()
+        self._model.to(device)
         self._device = device
 
     def encode(self, prompts: Sequence[str]) -> "dict[str, Tensor]":
@@ -114,7 +112,8 @@ class StableDiffusion:
         import torch
         from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 
-        return UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32).to(device)
+        unet: Any = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32)
+        return unet.to(device)
 
     def denoise(self, denoiser: "nn.Module", x_t: "Tensor", timestep: "Tensor", cond: "dict[str, Tensor]") -> "Tensor":
         """x_t (B, C, h, w), timestep (B,) in the scheduler's units, cond["prompt_embeds"] (B, L, D) -> (B, C, h, w)."""

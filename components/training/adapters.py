@@ -29,8 +29,8 @@ def add_adapter(denoiser: Any, family: Family, training: TrainingConfig) -> list
     denoiser.add_adapter(
         LoraConfig(
             r=training.rank,
-            lora_alpha=training.lora_alpha,
-            lora_dropout=training.lora_dropout,  # type: ignore[arg-type]
+            lora_alpha=training.lora_alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=training.lora_dropout,  # pyright: ignore[reportArgumentType]
             target_modules=targets,
             init_lora_weights="gaussian",
         ),

@@ -57,7 +57,7 @@ from components.training.ema import ExponentialAverage
 from components.training.loop import StepReport, fit
 from components.training.optimizers import muon_for
 from components.training.order import batches_from
-from components.training.pictures import Pictures, hash_fraction, read_pictures, to_unit
+from components.training.pictures import TINTS, Pictures, hash_fraction, in_color, read_pictures, tinted, to_unit
 from components.training.pretraining_config import Journal, PretrainConfig
 from components.training.schedules import learning_rate_at
 
@@ -136,6 +136,7 @@ def train_denoiser(
     train, test = concrete.where(not h for h in held_out), concrete.where(held_out)
     latents = encode(vae, to_unit(train.pixels))
     mirrored = encode(vae, to_unit(train.pixels.flip(-1)))
+    in_colors = [encode(vae, to_unit(tinted(train.pixels, color))) for color in TINTS]
     torch.manual_seed(config.seed)
     model = _new_denoiser(concrete, out, config, start).to(vae.device)
     parameters = dict(model.named_parameters())
@@ -153,11 +154,18 @@ def train_denoiser(
     def batches() -> Iterator[CaptionedLatents]:
         order = batches_from(start_step, train.sample_ids, config.unet_batch_size, seed=config.seed)
         for step, index in enumerate(order, start_step):
-            sample_ids, rows = tuple(train.sample_ids[i] for i in index), tuple(train.rows[i] for i in index)
-            flip = draws(step, sample_ids).uniform(len(index), "flip") < config.flip_share
+            sample_ids, rows = tuple(train.sample_ids[i] for i in index), [train.rows[i] for i in index]
+            draw = draws(step, sample_ids)
+            flip = draw.uniform(len(index), "flip") < config.flip_share
             flip &= torch.tensor([DIRECTIONAL.isdisjoint(row.name.split()) for row in rows])
             chosen = torch.where(flip.view(-1, 1, 1, 1).to(latents.device), mirrored[index], latents[index])
-            yield CaptionedLatents(sample_ids, rows, chosen)
+            for i, u in enumerate(draw.uniform(len(index), "tint").tolist()):
+                if u < config.tinted_share:
+                    which = int(u / config.tinted_share * len(TINTS))
+                    recolored = in_color(rows[i], list(TINTS)[which])
+                    if recolored is not rows[i]:
+                        rows[i], chosen[i] = recolored, in_colors[which][index[i]]
+            yield CaptionedLatents(sample_ids, tuple(rows), chosen)
 
     def loss(batch: CaptionedLatents, draw: Draw) -> Tensor:
         return denoising_loss(model, objective, batch, draw, caption_dropout=config.caption_dropout)

@@ -38,6 +38,9 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     flip_share: float = Field(
         default=0.0, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning."
     )
+    tinted_share: float = Field(
+        default=0.3, ge=0, le=1, description="Share of pictures shown in one colour, with the colour before the name."
+    )
     warmup_steps: int = Field(default=30, ge=0)
     checkpointing_steps: int = Field(default=50, ge=1)
 

@@ -25,7 +25,7 @@ from components.catalog.database import Catalog
 from components.workspace import Workspace
 from tests.pictures import write_pictures, write_recipe
 
-GRACE_S = 20.0  # for a child to notice that its parent is gone; while torch is being imported that takes seconds
+GRACE_S = 5.0  # for a child to notice that its parent is gone
 LIMIT_S = 600.0
 
 
