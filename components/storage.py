@@ -14,6 +14,12 @@ from typing import IO
 from components.errors import DamagedArtifact, StorageFull
 
 CHUNK = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM_WORDS = (  # of libraries that raise errors of their own: safetensors, pyarrow and SQLite
+    "No space left on device",
+    "Disk quota exceeded",
+    "database or disk is full",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,32 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
+def lack_of_room(error: BaseException, folder: Path) -> StorageFull | None:
+    """What `error` comes down to when a full disk is behind it, or None. `folder` is named if the error names no file.
+
+    Libraries report a full disk in words of their own, and what fails while they clean up hides it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StorageFull):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            return _storage_full(Path(cause.filename) if isinstance(cause.filename, str) else folder)
+        if any(words in str(cause) for words in NO_ROOM_WORDS):
+            return _storage_full(folder)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _storage_full(path: Path) -> StorageFull:
+    there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    what = "in it" if path.is_dir() else "to write it"
+    return StorageFull(
+        f"{path}: no space left {what} ({free} bytes free); free some space and run the same command again"
+    )
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Write `path` through a temporary name in the same folder: fsync, rename, fsync the folder.
@@ -60,11 +92,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         fsync_dir(path.parent)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise StorageFull(
-                f"{path}: no space left to write it ({free} bytes free); free some space and run the same command again"
-            ) from error
+        if error.errno in NO_ROOM:
+            raise _storage_full(path) from error
         raise
     except BaseException:
         Path(name).unlink(missing_ok=True)

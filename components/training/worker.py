@@ -19,7 +19,7 @@ from typing import IO, Any
 from components.config import BaseModelConfig, EvaluationConfig, PromotionConfig, TrainingConfig
 from components.errors import SafelightError
 from components.stages import Bench, Product
-from components.storage import ObjectRef
+from components.storage import ObjectRef, lack_of_room
 from components.workspace import Workspace
 
 PARENT_GONE = 137
@@ -49,6 +49,9 @@ def main() -> None:
         except SafelightError as error:
             emit({"event": "error", "type": type(error).__name__, "message": str(error)})
         except Exception as error:
+            if full := lack_of_room(error, Path(request["home"])):
+                emit({"event": "error", "type": type(full).__name__, "message": str(full)})
+                continue
             import traceback
 
             traceback.print_exc(file=sys.stderr)
