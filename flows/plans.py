@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from components.catalog.models import StageResultRow
 from components.config import Recipe
+from components.curation.pixels import FORMATS, MAX_PIXELS
 from components.curation.sources import Item, read_sources
 from components.families.bases import BaseModel, resolve_base
 from components.latents.buckets import Bucket, assign, cropped_share
@@ -92,9 +93,11 @@ def _place(items: list[Item], buckets: tuple[Bucket, ...]) -> list[tuple[Bucket,
         if item.problem is not None or item.path is None:
             continue
         try:
-            with Image.open(item.path) as image:
+            with Image.open(item.path, formats=FORMATS) as image:
                 width, height = image.size
         except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+        if width * height > MAX_PIXELS:
             continue
         bucket = assign(width, height, buckets)
         placed.append((bucket, cropped_share(width, height, bucket)))

@@ -89,21 +89,12 @@ def read_sources(data: DataConfig) -> list[Item]:
 
 def read_folder(source: DataSource) -> list[Item]:
     """Every picture of one source folder, sorted by file name. Raises BadInput as `read_sources` does."""
-    root = Path(source.path)
-    if not root.exists():
-        raise BadInput(f"{root}: no such folder; pass a folder of pictures with captions")
-    if not root.is_dir():
-        raise BadInput(f"{root}: is a file, expected a folder of pictures with captions")
-    root = root.resolve()
-    try:
-        entries = list(_walk(root, PurePosixPath()))
-    except PermissionError as error:
-        raise BadInput(f"{error.filename}: not readable by this user; change its permissions") from None
+    root = _root_of(source)
+    entries = list(_files(root))
     pictures = {str(name): entry for name, entry in entries if _is_picture(name)}
     listed = _table_items(root, [entry for name, entry in entries if name.name in TABLE_NAMES])
     if not pictures and not listed:
-        found = f"{len(entries)} files but no pictures" if entries else "nothing"
-        raise BadInput(f"{root}: holds {found}; expected pictures such as .png or .jpg with captions")
+        raise BadInput(_no_pictures(root, len(entries)))
     captions = _caption_files(name for name, entry in entries if entry.problem is None)
     items = [
         _from_table(root, name, listed[name], pictures.get(name))
@@ -118,6 +109,28 @@ def read_folder(source: DataSource) -> list[Item]:
     return [replace(item, licence=item.licence or source.licence) for item in items]
 
 
+def require_pictures(data: DataConfig) -> None:
+    """Raises BadInput, as `read_sources` would, for a folder that is missing or empty. Opens no file."""
+    for source in data.sources:
+        root = _root_of(source)
+        if next(_files(root), None) is None:
+            raise BadInput(_no_pictures(root, 0))
+
+
+def _no_pictures(root: Path, files: int) -> str:
+    found = f"{files} files but no pictures" if files else "nothing"
+    return f"{root}: holds {found}; expected pictures such as .png or .jpg with captions"
+
+
+def _root_of(source: DataSource) -> Path:
+    root = Path(source.path)
+    if not root.exists():
+        raise BadInput(f"{root}: no such folder; pass a folder of pictures with captions")
+    if not root.is_dir():
+        raise BadInput(f"{root}: is a file, expected a folder of pictures with captions")
+    return root.resolve()
+
+
 # walking ----------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +140,13 @@ class _Entry:
     path: Path
     problem: Problem | None  # why it must not be opened
     folder: re.Match[str] | None  # the innermost folder of the kohya layout
+
+
+def _files(root: Path) -> Iterator[tuple[PurePosixPath, "_Entry"]]:
+    try:
+        yield from _walk(root, PurePosixPath())
+    except PermissionError as error:
+        raise BadInput(f"{error.filename}: not readable by this user; change its permissions") from None
 
 
 def _walk(root: Path, relative: PurePosixPath,

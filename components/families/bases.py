@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from components.storage import sha256_of
 EMBEDDED = Path(__file__).parents[1] / "base" / "embedded"
 HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 IGNORED = (".md", ".png", ".jpg", ".gitattributes", ".part")
+WEIGHTS = "*.safetensors"
+NEEDED = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer_config.json",)}  # of a part's files
+NEEDED_OF_A_MODEL = ("config.json", WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +51,30 @@ def resolve_base(config: BaseModelConfig) -> BaseModel:
 
     Raises BaseModelError, one line, when it is none of these or a part is missing.
     """
-    path = _locate(config)
-    index = _read_index(path)
-    family = FAMILIES.get(index.get("_class_name", ""))
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise BaseModelError(f"{path}: is a {index.get('_class_name')!r}, expected one of {known}; choose another base")
-    missing = [part for part in family.parts if not (path / part).is_dir()]
-    if missing:
-        raise BaseModelError(f"{path}: lacks {', '.join(missing)}/; fetch the whole pipeline again")
+    path, name = find_base(config)
     return BaseModel(
         config.model,
         config.revision,
-        index["_class_name"],
+        name,
         path,
-        {part: _digest_of_folder(path / part) for part in family.parts},
+        {part: _digest_of_folder(path / part) for part in FAMILIES[name].parts},
     )
+
+
+def find_base(config: BaseModelConfig) -> tuple[Path, str]:
+    """The folder and the family of the base that a recipe names, checked but not hashed. Raises BaseModelError."""
+    path = _locate(config)
+    name = _read_index(path)["_class_name"]
+    family = FAMILIES.get(name)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise BaseModelError(f"{path}: is a {name!r}, expected one of {known}; choose another base")
+    missing = [part for part in family.parts if not (path / part).is_dir()]
+    if missing:
+        raise BaseModelError(f"{path}: lacks {', '.join(missing)}/; fetch the whole pipeline again")
+    if fault := next((fault for part in family.parts for fault in _faults(path / part)), None):
+        raise BaseModelError(f"{fault}; fetch the whole pipeline again")
+    return path, name
 
 
 def _locate(config: BaseModelConfig) -> Path:
@@ -106,6 +118,36 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise BaseModelError(f"{path / 'model_index.json'}: names no pipeline class; fetch the pipeline again")
     return index
+
+
+def _faults(part: Path) -> Iterator[str]:
+    """What is missing or cut short in a part's folder, from names, sizes and headers; no weight is read."""
+    for pattern in NEEDED.get(part.name, NEEDED_OF_A_MODEL):
+        if not any(part.glob(pattern)):
+            yield f"{part}: holds no {pattern}"
+    for file in sorted(part.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            yield f"{file}: not valid JSON: {error}"
+    for file in sorted(part.glob(WEIGHTS)):
+        if fault := safetensors_fault(file):
+            yield f"{file}: damaged, {fault}"
+
+
+def safetensors_fault(path: Path) -> str:
+    """What is wrong with a safetensors file by its header and size, or ''. No tensor is read."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= total - 8:
+            return f"its header says {length} bytes, the file has {total}"
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return "its header is not readable"
+    return "" if 8 + length + end == total else f"it has {total} bytes, its header promises {8 + length + end}"
 
 
 def _digest_of_folder(folder: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from components.config import BaseModelConfig, TrainingConfig
 from components.errors import BaseModelError
-from components.families.bases import BaseModel, resolve_base
+from components.families.bases import BaseModel, find_base, resolve_base
 from components.training.adapters import adapter_bytes, add_adapter
 from tests.tiny import tiny_stable_diffusion
 
@@ -66,6 +66,9 @@ def test_any_change_of_a_part_is_another_digest_of_that_part_alone(base: BaseMod
     assert {part for part in base.digests if base.digests[part] != other.digests[part]} == {"vae"}
 
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
 def spoil(folder: Path, how: str) -> Path:
     index = folder / "model_index.json"
     match how:
@@ -77,6 +80,18 @@ def spoil(folder: Path, how: str) -> Path:
             index.write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
         case "no unet":
             shutil.rmtree(folder / "unet")
+        case "no weights":
+            (folder / "unet" / WEIGHTS).unlink()
+        case "weights cut short":
+            with (folder / "vae" / WEIGHTS).open("rb+") as file:
+                file.truncate(1000)
+        case "no configuration":
+            (folder / "unet" / "config.json").unlink()
+        case "a broken configuration":
+            (folder / "scheduler" / "scheduler_config.json").write_text("{")
+        case "no tokenizer":
+            shutil.rmtree(folder / "tokenizer")
+            (folder / "tokenizer").mkdir()
     return folder
 
 
@@ -87,12 +102,17 @@ def spoil(folder: Path, how: str) -> Path:
         ("not JSON", "not valid JSON"),
         ("other class", "expected one of"),
         ("no unet", "lacks unet/"),
+        ("no weights", r"unet: holds no \*\.safetensors"),
+        ("weights cut short", f"{WEIGHTS}: damaged, .* the file has 1000"),
+        ("no configuration", r"unet: holds no config\.json"),
+        ("a broken configuration", r"scheduler_config\.json: not valid JSON"),
+        ("no tokenizer", r"holds no tokenizer_config\.json"),
     ],
 )
 def test_a_folder_that_is_no_pipeline_is_refused_in_one_line(base: BaseModel, tmp_path: Path, how: str, said: str):
     folder = spoil(shutil.copytree(base.path, tmp_path / "copy"), how)
     with pytest.raises(BaseModelError, match=said) as refusal:
-        resolve_base(BaseModelConfig(model=str(folder)))
+        find_base(BaseModelConfig(model=str(folder)))
     assert "\n" not in str(refusal.value)
 
 
