@@ -507,7 +507,11 @@ def _run(arguments: list[str]) -> int:  # noqa: PLR0911
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
         return 1
     except Exception as error:
-        return _fail(arguments, f"{type(error).__name__}: {error} (details: {_keep_traceback()})".replace("\n", " "), 1)
+        from components.storage import lack_of_room
+
+        if full := lack_of_room(error, Workspace.from_environment().home):
+            return _fail(arguments, str(full), full.exit_code)
+        return _fail(arguments, f"{type(error).__name__}: {error} (details: {_keep_traceback()})", 1)
     except BaseException as error:
         if type(error).__name__ != "TerminationSignal":  # Prefect's name for SIGTERM
             raise
@@ -526,12 +530,16 @@ def _fail(arguments: list[str], message: str, code: int, outcome: str = "failed"
     return code
 
 
-def _keep_traceback() -> Path:
+def _keep_traceback() -> str:
+    """Where the traceback was written to; why it was not, when even that cannot be."""
     path = Workspace.from_environment().logs / "safelight.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as log:
-        log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(sys.argv)}\n{traceback.format_exc()}\n")
-    return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(sys.argv)}\n{traceback.format_exc()}\n")
+    except OSError as error:
+        return f"not kept, {error}"
+    return str(path)
 
 
 def _on_sigterm(*_: object) -> None:
@@ -576,9 +584,19 @@ def _read_recipe(path: Path, overrides: Sequence[str] | None = None, data: Path 
     return load_recipe(path, overrides=overrides or (), data=data)
 
 
+def _require_inputs(recipe: "Recipe") -> None:
+    """Raises BadInput for folders and a base that are not there, before servers are started, which takes a minute."""
+    from components.curation.sources import require_pictures
+    from components.families.bases import find_base
+
+    require_pictures(recipe.data)
+    find_base(recipe.base)
+
+
 def _run_recipe(upto: "UpTo", path: Path, data: Path | None, overrides: Sequence[str] | None, as_json: bool) -> None:
     with _reporter(as_json) as reporter:
         recipe = _read_recipe(path, overrides, data)
+        _require_inputs(recipe)
         _serve(_open_bench(), reporter)
         _retrain(reporter, recipe, upto=upto)
 

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,11 @@ from components.config import Recipe
 from components.errors import SafelightError, Stopped
 from components.families.bases import BaseModel, resolve_base
 from components.stages import Bench, Product, StageResult, ensure
+from components.storage import lack_of_room
 from components.workspace import Workspace
+from flows import tracking
 from flows.children import ROOT, TorchChild
-from flows.tracking import Tracker, open_tracker
+from flows.tracking import Tracker
 
 PROGRESS_EVERY_S = 0.5
 SERIES = {"loss", "learning_rate", "grad_norm", "images_per_second", "validation_loss", "validation_ratio"}
@@ -100,7 +102,7 @@ def open_run(
         run_uid=run_uid,
     )
     on_event({"event": "run", "run_uid": run_uid})
-    tracker = open_tracker(bench, run_uid, recipe, tags=tags | ({"git_commit": commit} if commit else {}))
+    tracker = tracking.open_tracker(bench, run_uid, recipe, tags=tags | ({"git_commit": commit} if commit else {}))
     status, error = "failed", None
     with TorchChild(bench.workspace, bench.workspace.run_dir(run_uid) / "torch.log") as child:
         try:
@@ -114,12 +116,23 @@ def open_run(
             raise
         except BaseException as cause:
             status = "stopped" if type(cause).__name__ == "TerminationSignal" else "failed"
-            error = f"{type(cause).__name__}: {cause}"
+            error = str(lack_of_room(cause, bench.workspace.home) or f"{type(cause).__name__}: {cause}")
             raise
         finally:
-            tracker.close(status)
+            reached = tracker.close(status)
             runs.close_run(bench.catalog, run_uid, status, error=error)
             runs.update_run(bench.catalog, run_uid, mlflow_run_id=tracker.mlflow_run_id)
+            if reached:
+                _send_what_outages_left(bench)
+
+
+def _send_what_outages_left(bench: Bench) -> None:
+    """Bring MLflow the journals of earlier runs that ended while it was away."""
+    at_work = {run.run_uid for run in runs.running(bench.catalog)}
+    for run_uid in tracking.pending(bench):
+        if run_uid not in at_work:
+            with suppress(SafelightError):  # the next run or `safelight doctor --fix` tries once more
+                tracking.catch_up(bench, run_uid)
 
 
 @contextmanager

@@ -156,8 +156,9 @@ def evaluate(run_uid: str, snapshot: str) -> str:
 
 @task(name="register", cache_policy=NO_CACHE, persist_result=False)
 def register(run_uid: str, evaluation: str) -> str:
-    """The registered model's URI."""
+    """The registered model's URI. A server of ours that died since the run began is started again."""
     run = _open[run_uid]
+    services.adopt_environment(run.bench.workspace, services.ensure_up(run.bench.workspace, ("mlflow",)))
     trained, report = run.results["fine-tune"].product, run.results["evaluate"].product
     name, sha256 = run.recipe.name, trained.facts["sha256"]
     key = register_key(run.recipe, adapter_sha256=sha256, evaluation=evaluation)

@@ -260,6 +260,7 @@ def environment(workspace: Workspace, services: Services) -> dict[str, str]:
         "PREFECT_RUNNER_POLL_FREQUENCY": "3",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the least that Prefect accepts
         "PREFECT_LOGGING_EXTRA_LOGGERS": "components,flows",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # background threads speak outside of any flow
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin cost nine times the CPU on a busy machine
     }
