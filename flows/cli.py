@@ -253,9 +253,9 @@ def promote(
         bench = _open_bench()
         _serve(bench, reporter)
         from flows import promote as promotion
-        from flows import tracking
+        from flows.tracking import registry
 
-        name, version = _split_model(name, lambda model: tracking.aliases(bench.workspace, model))
+        name, version = _split_model(name, lambda model: registry.aliases(bench.workspace, model))
         outcome = promotion.promote_version(name, version, by=by or _user(), reason=reason, force=force)
         reporter.finish(
             {"schema": SCHEMA, "status": "completed"} | outcome,

@@ -1,6 +1,6 @@
 """The journal of a run: one JSON line per fact, appended before anything is told to a tracker.
 
-The sender of `flows.tracking` and the live charts read it; nothing but its own run writes it. A line that a crash left
+The sender in `flows.tracking` and the live charts read it; nothing but its own run writes it. A line that a crash left
 half-written is ignored by readers and cut off when the journal is opened again.
 """
 
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import StorageFull
+from components.workspace import Workspace
+
+FILE_NAME = "journal.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,15 @@ class Journal:
             try:
                 written = os.pwrite(self._descriptor, line, self._end)
             except OSError as error:
-                raise StorageFull(f"{self.path}: cannot append {len(line)} bytes: {error.strerror}; free some space "
-                                  "and run the same command again") from error
+                raise StorageFull(
+                    f"{self.path}: cannot append {len(line)} bytes: {error.strerror}; free some space "
+                    "and run the same command again"
+                ) from error
             if written < len(line):
                 os.ftruncate(self._descriptor, self._end)
-                raise StorageFull(f"{self.path}: no space left for {len(line)} bytes; free some space and run the same "
-                                  "command again")
+                raise StorageFull(
+                    f"{self.path}: no space left for {len(line)} bytes; free some space and run the same command again"
+                )
             self._next, self._end = seq + 1, self._end + len(line)
             return Entry(seq, t_ms, kind, body, self._end)
 
@@ -76,6 +82,15 @@ class Journal:
                 os.fsync(self._descriptor)
                 os.close(self._descriptor)
                 self._descriptor = -1
+
+
+def journal_path(workspace: Workspace, run_uid: str) -> Path:
+    return workspace.run_dir(run_uid) / FILE_NAME
+
+
+def journals(workspace: Workspace) -> list[Path]:
+    """The journals of all runs, oldest first: a run's uid, its folder's name, begins with the time."""
+    return sorted((workspace.home / "runs").glob(f"*/{FILE_NAME}"))
 
 
 def read_entries(path: Path, offset: int = 0) -> Iterator[Entry]:
@@ -96,16 +111,6 @@ def read_entries(path: Path, offset: int = 0) -> Iterator[Entry]:
             if not line.endswith(b"\n"):
                 return
             yield entry
-
-
-def series(path: Path, offset: int = 0) -> dict[str, list[tuple[int, float, int]]]:
-    """Every metric's points as (step, value, t_ms), in the order they were written."""
-    points: dict[str, list[tuple[int, float, int]]] = {}
-    for entry in read_entries(path, offset):
-        if entry.kind == "metrics":
-            for name, value in entry.body["values"].items():
-                points.setdefault(name, []).append((entry.body["step"], value, entry.t_ms))
-    return points
 
 
 def now_ms() -> int:

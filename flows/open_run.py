@@ -17,9 +17,9 @@ from components.families.bases import BaseModel, resolve_base
 from components.stages import Bench, Product, StageResult, ensure
 from components.storage import lack_of_room
 from components.workspace import Workspace
-from flows import tracking
 from flows.children import ROOT, TorchChild
-from flows.tracking import Tracker
+from flows.tracking import recovery
+from flows.tracking.tracker import Tracker, open_tracker
 
 PROGRESS_EVERY_S = 0.5
 SERIES = {"loss", "learning_rate", "grad_norm", "images_per_second", "validation_loss", "validation_ratio"}
@@ -102,7 +102,7 @@ def open_run(
         run_uid=run_uid,
     )
     on_event({"event": "run", "run_uid": run_uid})
-    tracker = tracking.open_tracker(bench, run_uid, recipe, tags=tags | ({"git_commit": commit} if commit else {}))
+    tracker = open_tracker(bench, run_uid, recipe, tags=tags | ({"git_commit": commit} if commit else {}))
     status, error = "failed", None
     with TorchChild(bench.workspace, bench.workspace.run_dir(run_uid) / "torch.log") as child:
         try:
@@ -129,10 +129,10 @@ def open_run(
 def _send_what_outages_left(bench: Bench) -> None:
     """Bring MLflow the journals of earlier runs that ended while it was away."""
     at_work = {run.run_uid for run in runs.running(bench.catalog)}
-    for run_uid in tracking.pending(bench):
+    for run_uid in recovery.pending(bench):
         if run_uid not in at_work:
             with suppress(SafelightError):  # the next run or `safelight doctor --fix` tries once more
-                tracking.catch_up(bench, run_uid)
+                recovery.catch_up(bench, run_uid)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from components.catalog.models import Evaluation, ModelVersion, Promotion
 from components.errors import BadInput
 from components.stages import Bench
 from components.workspace import Workspace
-from flows import tracking
+from flows.tracking import registry
 
 GATE = "gate"  # the name under which policy "auto" decides
 
@@ -25,14 +25,14 @@ def promote(
     Returns {"name", "version", "previous", "aliases", "decision", "reason", "changed"}.
     Raises BadInput when there is no such version or the gate stands in the way.
     """
-    aliases = tracking.aliases(bench.workspace, name)
+    aliases = registry.aliases(bench.workspace, name)
     version = version or aliases.get("challenger") or aliases.get("champion")
     row, verdict = _version_and_verdict(bench, name, version)
     decision = verdict.get("decision", "none")
     if row.version == aliases.get("champion"):
         return _outcome(bench, row, aliases.get("previous"), decision, "is the champion already", changed=False)
     _require_consent(row, decision, by=by, force=force)
-    previous = tracking.set_champion(bench.workspace, name, row.version)
+    previous = registry.set_champion(bench.workspace, name, row.version)
     reason = reason or f"gate: {decision}"
     with bench.catalog.write() as session:
         session.add(Promotion(name=name, version=row.version, previous_version=previous, decided_by=by, reason=reason))
@@ -75,7 +75,7 @@ def _require_consent(row: ModelVersion, decision: str, *, by: str, force: bool) 
 def _outcome(
     bench: Bench, row: ModelVersion, previous: int | None, decision: str, reason: str, *, changed: bool
 ) -> dict[str, Any]:
-    aliases = tracking.mirror_versions(bench, row.name)
+    aliases = registry.mirror_versions(bench, row.name)
     return {
         "name": row.name,
         "version": row.version,

@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import psutil
 
 from components.catalog import runs as run_rows
 from components.catalog.database import MIGRATIONS
 from components.catalog.models import Run, now
-from components.errors import SafelightError, ServiceUnavailable
+from components.errors import SafelightError
 from components.stages import Bench
 from components.workspace import Workspace
 from flows import deployments, prefect_api, services
-from flows.tracking import RUN_TAG
+from flows.tracking import recovery, registry
 
 SILENT_ELSEWHERE = timedelta(minutes=15)  # a run on another host that was not heard of for so long is taken for dead
 LEFTOVER_AGE_S = 60.0
@@ -283,14 +281,12 @@ def _slots(bench: Bench) -> Iterator[Finding]:
 
 def _tracking(bench: Bench) -> Iterator[Finding]:
     """Journals that MLflow has not seen to the end, and MLflow runs in state RUNNING whose run has ended."""
-    from flows import tracking
-
-    for run_uid in tracking.pending(bench):
+    for run_uid in recovery.pending(bench):
         if _is_running(bench, run_uid):
             continue
 
         def send(run_uid: str = run_uid) -> str:
-            return f"sent {tracking.catch_up(bench, run_uid)} entries"
+            return f"sent {recovery.catch_up(bench, run_uid)} entries"
 
         yield Finding(
             f"run {run_uid}: its journal is not wholly in MLflow",
@@ -298,10 +294,10 @@ def _tracking(bench: Bench) -> Iterator[Finding]:
             "send the rest (MLflow must be up)",
             send,
         )
-    for run_uid in _left_running_in_mlflow(bench):
+    for run_uid in recovery.left_running(bench):
 
         def end() -> str:
-            ended = dict(tracking.heal(bench))
+            ended = dict(recovery.heal(bench))
             return f"MLflow ended {len(ended)} runs" if ended else "ended together with the one before"
 
         yield Finding(
@@ -316,13 +312,12 @@ def _champions(bench: Bench) -> Iterator[Finding]:
     from sqlalchemy import select
 
     from components.catalog.models import ModelVersion, Promotion
-    from flows import tracking
 
     with bench.catalog.read() as session:
         names = sorted(set(session.scalars(select(ModelVersion.name))))
         recorded = {row.name: row.version for row in session.scalars(select(Promotion).order_by(Promotion.id))}
     for name in names:
-        champion = tracking.aliases(bench.workspace, name).get("champion")
+        champion = registry.aliases(bench.workspace, name).get("champion")
         if champion is None or champion == recorded.get(name):
             continue
 
@@ -337,7 +332,7 @@ def _champions(bench: Bench) -> Iterator[Finding]:
                         reason="the alias was moved in MLflow",
                     )
                 )
-            tracking.mirror_versions(bench, name)
+            registry.mirror_versions(bench, name)
             return "wrote it down as promoted outside"
 
         yield Finding(
@@ -447,39 +442,3 @@ def _prefect_api(workspace: Workspace) -> Callable[..., Any] | None:
     """`prefect_api.call` on the workspace's Prefect, or None when that is not up."""
     root = services.current(workspace).prefect_url
     return partial(prefect_api.call, root) if root else None
-
-
-def _left_running_in_mlflow(bench: Bench) -> list[str]:
-    """Uids of ended runs whose MLflow run says RUNNING, asked without importing MLflow."""
-    root = services.current(bench.workspace).mlflow_url
-    if not root.startswith("http"):
-        return []
-    experiments = _mlflow_call(root, "experiments/search", {"max_results": 1000}).get("experiments", [])
-    found = (
-        _mlflow_call(
-            root,
-            "runs/search",
-            {
-                "experiment_ids": [experiment["experiment_id"] for experiment in experiments],
-                "max_results": 1000,
-                "filter": "attributes.status = 'RUNNING'",
-            },
-        ).get("runs", [])
-        if experiments
-        else []
-    )
-    tagged = [tag["value"] for run in found for tag in run["data"].get("tags", []) if tag["key"] == RUN_TAG]
-    with bench.catalog.read() as session:
-        rows = [session.get(Run, run_uid) for run_uid in tagged]
-    return [row.run_uid for row in rows if row is not None and row.status != "running"]
-
-
-def _mlflow_call(root: str, path: str, body: dict[str, Any]) -> Any:
-    request = Request(f"{root}/api/2.0/mlflow/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urlopen(request, timeout=20) as answer:
-            return json.loads(answer.read())
-    except (OSError, HTTPException) as error:
-        raise ServiceUnavailable(
-            f"MLflow at {root} answered {path} with {error}; `safelight status` shows its state"
-        ) from None

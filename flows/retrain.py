@@ -18,9 +18,11 @@ from components.errors import ServiceUnavailable
 from components.latents.keys import cache_key, training_size
 from components.stages import Product, StageResult
 from components.workspace import Workspace
-from flows import services, tracking
+from flows import services
 from flows.keys import champion_of, evaluate_key, fine_tune_key, mirrored_aliases, register_key
 from flows.open_run import OnEvent, OpenRun, open_run, stage_line, stopping_on_sigterm
+from flows.tracking import registry
+from flows.tracking.registration import Checkpoint, register_model
 
 UpTo = Literal["curate", "cache", "fine-tune", "evaluate", "register"]
 STAGES: tuple[UpTo, ...] = ("curate", "cache", "fine-tune", "evaluate", "register")
@@ -164,7 +166,7 @@ def register(run_uid: str, evaluation: str) -> str:
     key = register_key(run.recipe, adapter_sha256=sha256, evaluation=evaluation)
 
     def produce() -> Product:
-        registration = tracking.register_model(
+        registration = register_model(
             run.bench,
             run_uid=run_uid,
             name=name,
@@ -193,7 +195,7 @@ def register(run_uid: str, evaluation: str) -> str:
         )
 
     def still_there(product: Product) -> bool:
-        return tracking.registered(run.bench.workspace, name, product.facts["version"]) is not None
+        return registry.registered(run.bench.workspace, name, product.facts["version"])
 
     result = run.stage("register", key, produce, still_there=still_there)
     _mirror(run, result, evaluation)
@@ -253,17 +255,17 @@ def _note_adapters(run: OpenRun, result: StageResult) -> None:
             session.merge(Adapter(sha256=checkpoint.sha256, stage_key=result.key, step=checkpoint.step))
 
 
-def _checkpoints(trained: Product) -> list[tracking.Checkpoint]:
+def _checkpoints(trained: Product) -> list[Checkpoint]:
     steps = {
         int(name.removeprefix("adapter-")): ref for name, ref in trained.outputs.items() if name.startswith("adapter-")
     }
-    return [tracking.Checkpoint(step, ref.sha256) for step, ref in sorted(steps.items())]
+    return [Checkpoint(step, ref.sha256) for step, ref in sorted(steps.items())]
 
 
 def _aliases(run: OpenRun) -> dict[str, int]:
     """The registry's aliases; while MLflow is away, as the catalog last saw them, so that evaluation goes on."""
     try:
-        return tracking.mirror_versions(run.bench, run.recipe.name)
+        return registry.mirror_versions(run.bench, run.recipe.name)
     except ServiceUnavailable:
         return mirrored_aliases(run.bench, run.recipe.name)
 
@@ -283,7 +285,7 @@ def _mirror(run: OpenRun, result: StageResult, evaluation: str) -> None:
                     aliases=[],
                 )
             )
-    tracking.mirror_versions(run.bench, run.recipe.name)
+    registry.mirror_versions(run.bench, run.recipe.name)
 
 
 def _promote_by_gate(run: OpenRun, result: StageResult, report: Product) -> None:
@@ -291,7 +293,7 @@ def _promote_by_gate(run: OpenRun, result: StageResult, report: Product) -> None
 
     facts = result.product.facts
     if run.recipe.promotion.policy == "auto" and report.facts["gate"]["decision"] == "promote":
-        held = tracking.aliases(run.bench.workspace, facts["name"])
+        held = registry.aliases(run.bench.workspace, facts["name"])
         if held.get("champion") != facts["version"]:
             promote(run.bench, facts["name"], facts["version"], by="gate", reason="every check of the gate passed")
 
@@ -312,7 +314,7 @@ def run_card(run: OpenRun) -> dict[str, Any]:
     snapshot, trained = facts["curate"], facts.get("fine-tune")
     report, registered = facts.get("evaluate"), facts.get("register")
     address = services.current(run.bench.workspace)
-    aliases = tracking.aliases(run.bench.workspace, run.recipe.name) if registered else {}
+    aliases = registry.aliases(run.bench.workspace, run.recipe.name) if registered else {}
     return {
         "schema": CARD_SCHEMA,
         "status": "completed",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import StorageFull
-from flows.journal import Journal, read_entries, series
+from flows.journal import Journal, read_entries
 
 
 @pytest.fixture
@@ -108,8 +108,9 @@ def test_threads_never_tear_each_others_lines(path: Path):
     assert sorted(tuple(entry.body["x"][:2]) for entry in entries) == [(n, x) for n in range(4) for x in range(200)]
 
 
-def test_a_full_disk_is_reported_and_the_journal_still_ends_with_a_whole_line(path: Path,
-                                                                              monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_reported_and_the_journal_still_ends_with_a_whole_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
     journal = Journal(path)
     journal.append("note", {"x": "kept"})
     write = os.pwrite
@@ -119,15 +120,6 @@ def test_a_full_disk_is_reported_and_the_journal_still_ends_with_a_whole_line(pa
             journal.append("note", {"x": "lost"})
     assert journal.append("note", {"x": "later"}).seq == 1
     assert values(path) == ["kept", "later"]
-
-
-def test_series_are_the_metrics_points_by_name(path: Path):
-    journal = Journal(path)
-    journal.append("metrics", {"step": 1, "values": {"loss": 0.5, "learning_rate": 1e-4}}, t_ms=10)
-    journal.append("image", {"key": "preview/0", "step": 1, "sha256": "a"})
-    journal.append("metrics", {"step": 2, "values": {"loss": 0.25}}, t_ms=20)
-    assert series(path) == {"loss": [(1, 0.5, 10), (2, 0.25, 20)], "learning_rate": [(1, 1e-4, 10)]}
-    assert series(path.with_name("none.jsonl")) == {}
 
 
 def test_each_line_is_one_json_document(path: Path):

@@ -18,7 +18,7 @@ from components.catalog.models import Run, now
 from components.stages import Bench
 from flows import reconcile
 from flows.prefect_api import call, slot_name
-from flows.tracking import RUN_TAG
+from flows.tracking.server import RUN_TAG
 from tests.conftest import Served
 
 

@@ -21,8 +21,13 @@ from components.catalog.models import ModelVersion, Run
 from components.config import Recipe, parse_recipe
 from components.errors import BadInput, ServiceUnavailable, StageFailed
 from components.stages import Bench
-from flows import tracking
-from flows.journal import Entry, Journal, read_entries
+from flows.journal import Entry, Journal, journal_path, read_entries
+from flows.tracking import background, recovery, registry
+from flows.tracking.batches import BATCH_ENTITIES, BATCH_LIMITS, batches
+from flows.tracking.registrar import STEP_TAG
+from flows.tracking.registration import Checkpoint, Registration, RegistrationRequest, ask_registrar, register_model
+from flows.tracking.server import ADAPTER_TAG, RUN_TAG, connect, run_url
+from flows.tracking.tracker import open_tracker
 from tests.conftest import Served
 from tests.services import Proxy, proxied
 
@@ -53,62 +58,69 @@ def entry(seq: int, kind: str, count: int, length: int = 5) -> Entry:
 
 
 def test_batches_keep_the_order_and_stay_within_the_limits_of_one_request():
-    sizes = [("run", 0), ("params", 60), ("metrics", 900), ("tags", 50), ("metrics", 3), ("image", 0), ("params", 50),
-             ("params", 51), ("metrics", 1000), ("metrics", 1), ("status", 0)]
+    sizes = [
+        ("run", 0),
+        ("params", 60),
+        ("metrics", 900),
+        ("tags", 50),
+        ("metrics", 3),
+        ("image", 0),
+        ("params", 50),
+        ("params", 51),
+        ("metrics", 1000),
+        ("metrics", 1),
+        ("status", 0),
+    ]
     entries = [entry(seq, kind, count) for seq, (kind, count) in enumerate(sizes)]
-    batches = list(tracking.batches(entries))
-    assert [[one.seq for one in batch] for batch in batches] == [[1, 2], [3, 4], [5], [6], [7], [8], [9], [10]]
-    for batch in batches:
-        counts = {kind: sum(len(one.body["values"]) for one in batch if one.kind == kind)
-                  for kind in tracking.BATCH_LIMITS}
-        assert all(counts[kind] <= limit for kind, limit in tracking.BATCH_LIMITS.items())
-        assert sum(counts.values()) <= tracking.BATCH_ENTITIES
+    found = list(batches(entries))
+    assert [[one.seq for one in batch] for batch in found] == [[1, 2], [3, 4], [5], [6], [7], [8], [9], [10]]
+    for batch in found:
+        counts = {kind: sum(len(one.body["values"]) for one in batch if one.kind == kind) for kind in BATCH_LIMITS}
+        assert all(counts[kind] <= limit for kind, limit in BATCH_LIMITS.items())
+        assert sum(counts.values()) <= BATCH_ENTITIES
 
 
 def test_long_values_are_spread_over_requests_below_one_megabyte():
-    batches = list(tracking.batches(entry(seq, "tags", 20, 8000) for seq in range(5)))
-    assert [len(batch) for batch in batches] == [3, 2]
+    found = list(batches(entry(seq, "tags", 20, 8000) for seq in range(5)))
+    assert [len(batch) for batch in found] == [3, 2]
 
 
 def test_a_run_without_any_server_costs_microseconds_a_step_and_seconds_at_the_end(bench: Bench):
     run_uid = open_run(bench, "icons")
     begun = time.monotonic()
-    tracker = tracking.open_tracker(bench, run_uid, recipe_called("icons"), url="http://127.0.0.1:9")
+    tracker = open_tracker(bench, run_uid, recipe_called("icons"), url="http://127.0.0.1:9")
     assert time.monotonic() - begun < 1
     begun = time.process_time()
     for step in range(1000):
         tracker.metrics(step, {"loss": 1 / (step + 1), "grad_norm": 1.0})
     assert time.process_time() - begun < 1
-    tracker._background.settled.wait(60)  # type: ignore[union-attr]
+    until(lambda: tracker._sending is not None and tracker._sending.failing)
     begun = time.monotonic()
     assert not tracker.close("completed")
-    assert time.monotonic() - begun < 2 * tracking.DEAD_SERVER_GRACE_S
+    assert time.monotonic() - begun < 2 * background.DEAD_SERVER_GRACE_S
     assert tracker.url is None
-    assert tracking.pending(bench) == [run_uid]
+    assert recovery.pending(bench) == [run_uid]
     with pytest.raises(ServiceUnavailable, match="safelight up"):
-        tracking.catch_up(bench, run_uid, url="http://127.0.0.1:9")
+        recovery.catch_up(bench, run_uid, url="http://127.0.0.1:9")
 
 
 def test_a_run_where_no_server_is_known_keeps_its_journal_for_later(bench: Bench):
     run_uid = open_run(bench, "icons")
-    tracker = tracking.open_tracker(bench, run_uid, recipe_called("icons"))
+    tracker = open_tracker(bench, run_uid, recipe_called("icons"))
     assert not tracker.close("failed")
-    kinds = [one.kind for one in read_entries(tracking.journal_path(bench, run_uid))]
+    kinds = [one.kind for one in read_entries(journal_path(bench.workspace, run_uid))]
     assert (kinds[0], kinds[-1]) == ("run", "status")
     with pytest.raises(ServiceUnavailable, match="no MLflow server is known"):
-        tracking.catch_up(bench, run_uid)
+        recovery.catch_up(bench, run_uid)
 
 
 def test_importing_the_tracker_imports_neither_mlflow_nor_torch():
-    code = "import sys, flows.tracking; sys.exit(bool({'mlflow', 'torch'} & set(sys.modules)))"
+    code = "import sys, flows.tracking.tracker; sys.exit(bool({'mlflow', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_pages_are_addressed_as_mlflow_addresses_them():
-    assert tracking.run_url("http://h:1/", "3", "abc") == "http://h:1/#/experiments/3/runs/abc"
-    assert tracking.model_url("http://h:1", "app icons", 2) == "http://h:1/#/models/app%20icons/versions/2"
-    assert tracking.compare_url("http://h:1", ["3"], ["a", "b"]) == (
-        "http://h:1/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%223%22%5D")
+def test_a_runs_page_is_addressed_as_mlflow_addresses_it():
+    assert run_url("http://h:1/", "3", "abc") == "http://h:1/#/experiments/3/runs/abc"
 
 
 # with the real server ---------------------------------------------------------------------------------------------
@@ -126,34 +138,44 @@ def proxy(mlflow_url: str) -> Iterator[Proxy]:
 
 
 def run_in_mlflow(url: str, run_uid: str) -> Any:
-    client = tracking._client(url)
-    (run,) = tracking._tagged_runs(client, f"tags.`{tracking.RUN_TAG}` = '{run_uid}'")
+    client = connect(url)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{run_uid}'")
     return run
 
 
 def history(url: str, run_uid: str, name: str) -> list[tuple[int, float]]:
-    points = tracking._client(url).get_metric_history(run_in_mlflow(url, run_uid).info.run_id, name)
+    points = connect(url).get_metric_history(run_in_mlflow(url, run_uid).info.run_id, name)
     return sorted((point.step, point.value) for point in points)
 
 
 @pytest.mark.services
 def test_a_run_arrives_whole(bench: Bench, mlflow_url: str):
     run_uid, digest = open_run(bench, "whole"), "0123456789abcdef" * 4
-    tracker = tracking.open_tracker(bench, run_uid, recipe_called("whole"), url=mlflow_url, tags={"git_commit": "abc"})
+    tracker = open_tracker(bench, run_uid, recipe_called("whole"), url=mlflow_url, tags={"git_commit": "abc"})
     for step in range(1200):
         tracker.metrics(step, {"loss": 1 / (step + 1), "validation_loss": None})
     tracker.metrics(1200, {"loss": math.nan})
-    tracker.evaluation({"kid": {"candidate": 0.1, "base": 0.3, "champion": None,
-                                "difference": {"value": -0.2, "low": -0.3, "high": -0.1}}}, step=1200)
+    tracker.evaluation(
+        {
+            "kid": {
+                "candidate": 0.1,
+                "base": 0.3,
+                "champion": None,
+                "difference": {"value": -0.2, "low": -0.3, "high": -0.1},
+            }
+        },
+        step=1200,
+    )
     for step, colour in ((100, "red"), (200, "blue")):
         tracker.image("preview/0", png(bench, colour), step)
     sheet = png(bench, "green")
     tracker.artifact("gallery/sheet.png", sheet)
     tracker.dataset("icons@v3", digest, "/pictures")
     assert tracker.close("completed", timeout_s=60)
-    assert tracking.pending(bench) == []
+    assert recovery.pending(bench) == []
 
-    run, client = run_in_mlflow(mlflow_url, run_uid), tracking._client(mlflow_url)
+    run, client = run_in_mlflow(mlflow_url, run_uid), connect(mlflow_url)
     assert run.info.run_id == tracker.mlflow_run_id
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith("mlflow-artifacts:/whole/")
@@ -163,13 +185,19 @@ def test_a_run_arrives_whole(bench: Bench, mlflow_url: str):
     steps = [step for step, _ in history(mlflow_url, run_uid, "loss")]
     assert sorted(steps) == list(range(1201))
     assert {name: run.data.metrics[name] for name in run.data.metrics if name.startswith("kid")} == {
-        "kid/candidate": 0.1, "kid/base": 0.3, "kid/difference": -0.2, "kid/difference/low": -0.3,
-        "kid/difference/high": -0.1}
+        "kid/candidate": 0.1,
+        "kid/base": 0.3,
+        "kid/difference": -0.2,
+        "kid/difference/low": -0.3,
+        "kid/difference/high": -0.1,
+    }
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("icons@v3", digest[:32])
     images = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, "images")]
     assert sorted(name.partition("+timestamp")[0] for name in images if name.endswith(".png")) == [
-        "preview~0+step+100", "preview~0+step+200"]
+        "preview~0+step+100",
+        "preview~0+step+200",
+    ]
     assert Path(client.download_artifacts(run.info.run_id, "gallery/sheet.png")).read_bytes() == bench.store.read(sheet)
     recipe = json.loads(Path(client.download_artifacts(run.info.run_id, "recipe.json")).read_text())
     assert recipe == recipe_called("whole").model_dump(mode="json")
@@ -181,14 +209,15 @@ def test_a_run_arrives_whole(bench: Bench, mlflow_url: str):
 
 @pytest.mark.services
 @pytest.mark.parametrize("mode", ["drop", "503", "cut"])
-def test_an_outage_stops_nothing_and_the_rest_is_sent_once_later(bench: Bench, proxy: Proxy, mlflow_url: str,
-                                                                 mode: Any):
+def test_an_outage_stops_nothing_and_the_rest_is_sent_once_later(
+    bench: Bench, proxy: Proxy, mlflow_url: str, mode: Any
+):
     name = f"outage-{mode}"
     run_uid = open_run(bench, name)
-    tracker = tracking.open_tracker(bench, run_uid, recipe_called(name), url=proxy.url, every_s=0.2)
+    tracker = open_tracker(bench, run_uid, recipe_called(name), url=proxy.url, every_s=0.2)
     tracker.metrics(0, {"loss": 1.0})
     tracker.image("preview/0", png(bench, "red"), 0)
-    until(lambda: tracker._sender is not None and not tracker._sender.pending())
+    until(lambda: tracker._sending is not None and not tracker._sending.sender.pending())
     proxy.mode = mode
     spent = time.process_time()
     for step in range(1, 500):
@@ -199,18 +228,18 @@ def test_an_outage_stops_nothing_and_the_rest_is_sent_once_later(bench: Bench, p
     until(lambda: proxy.requests > 3)
     begun = time.monotonic()
     assert not tracker.close("completed")
-    assert time.monotonic() - begun < 3 * tracking.DEAD_SERVER_GRACE_S
-    assert tracking.pending(bench) == [run_uid]
+    assert time.monotonic() - begun < 3 * background.DEAD_SERVER_GRACE_S
+    assert recovery.pending(bench) == [run_uid]
 
     proxy.mode = "pass"
-    until(lambda: tracking.catch_up(bench, run_uid, url=proxy.url) > 0 or not tracking.pending(bench))
-    assert tracking.pending(bench) == []
-    assert tracking.catch_up(bench, run_uid, url=proxy.url) == 0
+    until(lambda: recovery.catch_up(bench, run_uid, url=proxy.url) > 0 or not recovery.pending(bench))
+    assert recovery.pending(bench) == []
+    assert recovery.catch_up(bench, run_uid, url=proxy.url) == 0
     assert history(mlflow_url, run_uid, "loss") == [(step, 1 / (step + 1)) for step in range(500)]
     run = run_in_mlflow(mlflow_url, run_uid)
     assert run.info.status == "FINISHED"
     assert len(run.inputs.dataset_inputs) == 1
-    images = tracking._client(mlflow_url).list_artifacts(run.info.run_id, "images")
+    images = connect(mlflow_url).list_artifacts(run.info.run_id, "images")
     assert len({Path(file.path).name.partition("+timestamp")[0] for file in images}) == 2
 
 
@@ -225,7 +254,7 @@ def until(happened: Any, timeout_s: float = 60) -> None:
 def test_answers_lost_at_any_request_duplicate_nothing(bench: Bench, proxy: Proxy, mlflow_url: str):
     """The server does the work of one request, of the first, the second, ... and its answer is lost."""
     run_uid = open_run(bench, "lost")
-    journal = Journal(tracking.journal_path(bench, run_uid))
+    journal = Journal(journal_path(bench.workspace, run_uid))
     journal.append("run", {"experiment": "lost", "run_name": "lost"})
     journal.append("params", {"values": {"rank": "4"}})
     for step in range(3):
@@ -237,9 +266,9 @@ def test_answers_lost_at_any_request_duplicate_nothing(bench: Bench, proxy: Prox
     for passing in range(40):
         proxy.mode, proxy.cut_after = "pass", passing
         try:
-            tracking.catch_up(bench, run_uid, url=proxy.url)
+            recovery.catch_up(bench, run_uid, url=proxy.url)
         except ServiceUnavailable:
-            tracking.journal_path(bench, run_uid).with_name("mlflow-cursor.json").unlink(missing_ok=True)
+            journal_path(bench.workspace, run_uid).with_name("mlflow-cursor.json").unlink(missing_ok=True)
             continue
         break
     else:
@@ -251,11 +280,12 @@ def test_answers_lost_at_any_request_duplicate_nothing(bench: Bench, proxy: Prox
 
 
 @pytest.mark.services
-def test_a_server_that_takes_requests_and_never_answers_is_given_up(bench: Bench, proxy: Proxy,
-                                                                    monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tracking, "SILENT_SERVER_GRACE_S", 1.0)
+def test_a_server_that_takes_requests_and_never_answers_is_given_up(
+    bench: Bench, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(background, "SILENT_SERVER_GRACE_S", 1.0)
     proxy.mode = "silent"
-    tracker = tracking.open_tracker(bench, open_run(bench, "silent"), recipe_called("silent"), url=proxy.url)
+    tracker = open_tracker(bench, open_run(bench, "silent"), recipe_called("silent"), url=proxy.url)
     until(lambda: proxy.requests > 0)
     begun = time.monotonic()
     assert not tracker.close("completed")
@@ -266,7 +296,7 @@ def test_a_server_that_takes_requests_and_never_answers_is_given_up(bench: Bench
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run_and_counts_no_step_twice(bench: Bench, mlflow_url: str):
     run_uid = open_run(bench, "resumed")
     for first, status in ((0, "stopped"), (30, "completed")):
-        tracker = tracking.open_tracker(bench, run_uid, recipe_called("resumed"), url=mlflow_url)
+        tracker = open_tracker(bench, run_uid, recipe_called("resumed"), url=mlflow_url)
         for step in range(first, first + 50):
             tracker.metrics(step, {"loss": float(step)})
         assert tracker.close(status, timeout_s=60)  # type: ignore[arg-type]
@@ -276,10 +306,11 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_and_counts_no_step_twice(b
 
 
 @pytest.mark.services
-def test_an_entry_that_mlflow_refuses_holds_up_nothing_else(bench: Bench, mlflow_url: str,
-                                                            caplog: pytest.LogCaptureFixture):
+def test_an_entry_that_mlflow_refuses_holds_up_nothing_else(
+    bench: Bench, mlflow_url: str, caplog: pytest.LogCaptureFixture
+):
     run_uid = open_run(bench, "refused")
-    tracker = tracking.open_tracker(bench, run_uid, recipe_called("refused"), url=mlflow_url)
+    tracker = open_tracker(bench, run_uid, recipe_called("refused"), url=mlflow_url)
     tracker.metrics(0, {"loss": 1.0})
     tracker.metrics(0, {"no such ∆ name": 1.0})
     tracker.params({"training.rank": "another"})
@@ -294,20 +325,20 @@ def test_an_entry_that_mlflow_refuses_holds_up_nothing_else(bench: Bench, mlflow
 @pytest.mark.services
 def test_a_killed_run_is_caught_up_and_ended_and_others_are_left_alone(bench: Bench, mlflow_url: str):
     run_uid, alive = open_run(bench, "killed"), open_run(bench, "killed")
-    tracker = tracking.open_tracker(bench, alive, recipe_called("killed"), url=mlflow_url, every_s=0.2)
+    tracker = open_tracker(bench, alive, recipe_called("killed"), url=mlflow_url, every_s=0.2)
     program = f"""
 import time
 from components.config import parse_recipe
 from components.stages import Bench
 from components.workspace import Workspace
-from flows import tracking
+from flows.tracking.tracker import open_tracker
 recipe = parse_recipe({{"name": "killed", "data": {{"sources": [{{"path": "/p"}}]}}}}, origin="test")
 bench = Bench.open(Workspace.from_environment())
-tracker = tracking.open_tracker(bench, {run_uid!r}, recipe, url={mlflow_url!r}, every_s=0.2)
+tracker = open_tracker(bench, {run_uid!r}, recipe, url={mlflow_url!r}, every_s=0.2)
 tracker.metrics(0, {{"loss": 1.0}})
-while tracker._sender.pending():
+while tracker._sending.sender.pending():
     time.sleep(0.05)
-tracker._sender.lock.acquire()
+tracker._sending.sender.lock.acquire()
 tracker.metrics(1, {{"loss": 2.0}})
 print("ready", flush=True)
 time.sleep(60)
@@ -318,14 +349,14 @@ time.sleep(60)
         os.kill(child.pid, signal.SIGKILL)
     until(lambda: tracker.mlflow_run_id is not None)
     assert run_in_mlflow(mlflow_url, run_uid).info.status == "RUNNING"
-    assert tracking.catch_up(bench, run_uid, url=mlflow_url) == 1
+    assert recovery.catch_up(bench, run_uid, url=mlflow_url) == 1
     runs.close_run(bench.catalog, run_uid, "crashed")
-    assert tracking.heal(bench, url=mlflow_url) == [(run_uid, "KILLED")]
+    assert recovery.heal(bench, url=mlflow_url) == [(run_uid, "KILLED")]
     assert run_in_mlflow(mlflow_url, run_uid).info.status == "KILLED"
     assert run_in_mlflow(mlflow_url, alive).info.status == "RUNNING"
     assert history(mlflow_url, run_uid, "loss") == [(0, 1.0), (1, 2.0)]
     assert tracker.close("completed", timeout_s=60)
-    assert tracking.heal(bench, url=mlflow_url) == []
+    assert recovery.heal(bench, url=mlflow_url) == []
 
 
 # the registry -----------------------------------------------------------------------------------------------------
@@ -336,7 +367,7 @@ class Trained:
     """A tiny base on disk, the adapters of two checkpoints, and pictures drawn with the final one."""
 
     base: Any
-    checkpoints: tuple[tracking.Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...]
     pictures: list[Image.Image]
 
 
@@ -362,7 +393,7 @@ def train(bench: Bench, folder: Path) -> Trained:
                 if "lora_" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
         sha256 = bench.store.put(adapter_bytes(unet, base.architecture)).sha256
-        checkpoints.append(tracking.Checkpoint(step, sha256))
+        checkpoints.append(Checkpoint(step, sha256))
     requests = [Request(i, prompt, None, seed=7 + i) for i, prompt in enumerate(PROMPTS)]
     pipeline = open_pipeline(bench.store, base, checkpoints[-1].sha256, "auto")
     return Trained(base, tuple(checkpoints), draw_batch(pipeline, requests, Settings(3, 2.0, "auto", 32, 2, 1)))
@@ -370,30 +401,44 @@ def train(bench: Bench, folder: Path) -> Trained:
 
 @pytest.mark.services
 def test_every_checkpoint_becomes_a_model_and_the_registered_one_draws_the_gallerys_bits_in_another_process(
-        bench: Bench, mlflow_url: str, tmp_path: Path):
+    bench: Bench, mlflow_url: str, tmp_path: Path
+):
     trained, run_uid = train(bench, tmp_path), open_run(bench, "registered")
-    tracker = tracking.open_tracker(bench, run_uid, recipe_called("registered"), url=mlflow_url)
+    tracker = open_tracker(bench, run_uid, recipe_called("registered"), url=mlflow_url)
     for step in (10, 20):
         tracker.metrics(step, {"loss": 1 / step, "validation_ratio": 1 - step / 100})
     assert tracker.close("completed", timeout_s=60)
     half_done(mlflow_url, run_uid, trained.checkpoints[0])
 
-    def register() -> tracking.Registration:
-        return tracking.register_model(
-            bench, run_uid=run_uid, name="registered", base_path=trained.base.path, checkpoints=trained.checkpoints,
-            final_sha256=trained.checkpoints[-1].sha256, resolution=32, num_inference_steps=3, guidance_scale=2.0,
-            dataset=("icons@v1", "d" * 64), tags={"evaluation_key": "e1"}, metrics={"kid": {"candidate": 0.5}},
-            url=mlflow_url)
+    def register() -> Registration:
+        return register_model(
+            bench,
+            run_uid=run_uid,
+            name="registered",
+            base_path=trained.base.path,
+            checkpoints=trained.checkpoints,
+            final_sha256=trained.checkpoints[-1].sha256,
+            resolution=32,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            dataset=("icons@v1", "d" * 64),
+            tags={"evaluation_key": "e1"},
+            metrics={"kid": {"candidate": 0.5}},
+            url=mlflow_url,
+        )
 
     first = register()
     assert register() == first  # done again, nothing is there twice
     assert (first.version, first.uri) == (1, "models:/registered/1")
-    assert tracking.aliases(bench.workspace, "registered", url=mlflow_url) == {"challenger": 1}
+    assert registry.aliases(bench.workspace, "registered", url=mlflow_url) == {"challenger": 1}
     with bench.catalog.read() as session:
         row = session.get(ModelVersion, ("registered", 1))
         assert row
         assert (row.adapter_sha256, row.evaluation_key, row.aliases) == (
-            trained.checkpoints[-1].sha256, "e1", ["challenger"])
+            trained.checkpoints[-1].sha256,
+            "e1",
+            ["challenger"],
+        )
     assert_logged(mlflow_url, run_uid, first)
 
     program = f"""
@@ -412,52 +457,59 @@ for i, picture in enumerate(draw_batch(pipeline, requests, Settings(3, 2.0, "aut
     assert drawn[0] != drawn[1]
 
 
-def assert_logged(url: str, run_uid: str, registration: tracking.Registration) -> None:
+def assert_logged(url: str, run_uid: str, registration: Registration) -> None:
     """Each checkpoint once, with its metrics, found by "best checkpoint on this data set"."""
-    run, client, ids = run_in_mlflow(url, run_uid), tracking._client(url), registration.model_ids
+    run, client, ids = run_in_mlflow(url, run_uid), connect(url), registration.model_ids
     models = client.search_logged_models([run.info.experiment_id])
     assert {model.model_id: model.status for model in models} == dict.fromkeys(ids.values(), "READY")
     assert sorted((output.step, output.model_id) for output in run.outputs.model_outputs) == sorted(ids.items())
     best = client.search_logged_models(
-        [run.info.experiment_id], datasets=[{"dataset_name": "icons@v1", "dataset_digest": "d" * 32}],
-        order_by=[{"field_name": "metrics.validation_ratio", "ascending": True}])
+        [run.info.experiment_id],
+        datasets=[{"dataset_name": "icons@v1", "dataset_digest": "d" * 32}],
+        order_by=[{"field_name": "metrics.validation_ratio", "ascending": True}],
+    )
     assert [model.model_id for model in best] == [ids[20], ids[10]]
-    assert {metric.key: metric.value for metric in best[0].metrics} == {
-        "loss": 0.05, "validation_ratio": 0.8, "kid/candidate": 0.5}
+    assert {metric.key: metric.value for metric in best[0].metrics or []} == {
+        "loss": 0.05,
+        "validation_ratio": 0.8,
+        "kid/candidate": 0.5,
+    }
     assert history(url, run_uid, "loss") == [(10, 0.1), (20, 0.05)]  # attaching has added no point
 
 
 @pytest.mark.services
 def test_a_new_champion_makes_the_old_one_previous_and_promoting_twice_changes_nothing(bench: Bench, mlflow_url: str):
-    client, workspace = tracking._client(mlflow_url), bench.workspace
+    client, workspace = connect(mlflow_url), bench.workspace
     run = client.create_run(client.create_experiment("promoted", artifact_location="mlflow-artifacts:/promoted"))
     client.create_registered_model("promoted")
     for _ in range(2):
         client.create_model_version("promoted", f"{run.info.artifact_uri}/model", run.info.run_id)
     client.set_registered_model_alias("promoted", "challenger", "1")
-    assert tracking.set_champion(workspace, "promoted", 1, url=mlflow_url) is None
-    assert tracking.aliases(workspace, "promoted", url=mlflow_url) == {"champion": 1}
+    assert registry.set_champion(workspace, "promoted", 1, url=mlflow_url) is None
+    assert registry.aliases(workspace, "promoted", url=mlflow_url) == {"champion": 1}
     for _ in range(2):
-        assert tracking.set_champion(workspace, "promoted", 2, url=mlflow_url) == 1
-        assert tracking.aliases(workspace, "promoted", url=mlflow_url) == {"champion": 2, "previous": 1}
+        assert registry.set_champion(workspace, "promoted", 2, url=mlflow_url) == 1
+        assert registry.aliases(workspace, "promoted", url=mlflow_url) == {"champion": 2, "previous": 1}
     with pytest.raises(BadInput, match="no version 9"):
-        tracking.set_champion(workspace, "promoted", 9, url=mlflow_url)
-    assert tracking.aliases(workspace, "never-registered", url=mlflow_url) == {}
+        registry.set_champion(workspace, "promoted", 9, url=mlflow_url)
+    assert registry.aliases(workspace, "never-registered", url=mlflow_url) == {}
 
 
-def half_done(url: str, run_uid: str, checkpoint: tracking.Checkpoint) -> None:
+def half_done(url: str, run_uid: str, checkpoint: Checkpoint) -> None:
     """What a child leaves that is killed before the model's files are up."""
     run = run_in_mlflow(url, run_uid)
-    tracking._client(url).create_logged_model(
-        run.info.experiment_id, name="half", source_run_id=run.info.run_id,
-        tags={tracking.RUN_TAG: run_uid, "safelight.adapter_sha256": checkpoint.sha256,
-              "safelight.step": str(checkpoint.step)})
+    connect(url).create_logged_model(
+        run.info.experiment_id,
+        name="half",
+        source_run_id=run.info.run_id,
+        tags={RUN_TAG: run_uid, ADAPTER_TAG: checkpoint.sha256, STEP_TAG: str(checkpoint.step)},
+    )
 
 
 def test_a_registering_child_that_dies_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StageFailed, match="exit code 1 and no answer") as failure:
-        tracking._run_child({}, timeout_s=10)
+        ask_registrar({}, timeout_s=10)
     assert "\n" not in str(failure.value)
 
 
@@ -465,15 +517,15 @@ def test_the_registering_child_dies_with_its_parent(tmp_path: Path):
     program = f"""
 import json, time
 from pathlib import Path
-from flows import tracking
+from flows.tracking.registrar import main
 def work(request):
-    Path({str(tmp_path / 'alive')!r}).touch()
+    Path({str(tmp_path / "alive")!r}).touch()
     time.sleep(60)
-tracking.main(["register"], work)
+main(work)
 """
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, cwd=ROOT, text=True)
     assert child.stdin
-    request = dict.fromkeys(tracking.RegistrationRequest.__slots__, "")  # type: ignore[attr-defined]
+    request = dict.fromkeys(RegistrationRequest.__slots__, "")  # type: ignore[attr-defined]
     child.stdin.write(json.dumps(request) + "\n")
     child.stdin.flush()
     until((tmp_path / "alive").exists)
