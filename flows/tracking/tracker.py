@@ -11,7 +11,7 @@ from components.errors import SafelightError
 from components.stages import Bench
 from flows.journal import Journal, journal_path, read_entries
 from flows.tracking.background import SEND_EVERY_S, BackgroundSending
-from flows.tracking.documents import as_text, evaluation_series, flatten
+from flows.tracking.documents import as_text, evaluation_series, flatten, without_secrets
 from flows.tracking.sender import Sender
 from flows.tracking.server import DATASET_DIGEST_CHARACTERS, find_server
 
@@ -76,13 +76,13 @@ class Tracker:
         self._journal.append("artifact", {"name": name, "sha256": sha256})
 
     def document(self, name: str, value: Any) -> None:
-        """A JSON value as the run's artifact `name`."""
-        text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+        """A JSON value, without the secrets in its addresses, as the run's artifact `name`."""
+        text = json.dumps(without_secrets(value), indent=2, ensure_ascii=False, default=str)
         self._journal.append("document", {"name": name, "text": text})
 
     def dataset(self, name: str, digest: str, source: str) -> None:
         """The data that went in, under our own digest: MLflow's sees neither pixels nor rows behind the 10,000th."""
-        body = {"name": name, "digest": digest[:DATASET_DIGEST_CHARACTERS], "source": source}
+        body = {"name": name, "digest": digest[:DATASET_DIGEST_CHARACTERS], "source": without_secrets(source)}
         self._journal.append("dataset", body | {"context": "train"})
 
     def sync(self) -> None:

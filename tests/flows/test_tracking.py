@@ -18,16 +18,17 @@ from PIL import Image
 
 from components.catalog import runs
 from components.catalog.models import ModelVersion, Run
-from components.config import Recipe, parse_recipe
+from components.config import Recipe, load_recipe, parse_recipe
 from components.errors import BadInput, ServiceUnavailable, StageFailed
 from components.stages import Bench
 from flows.journal import Entry, Journal, journal_path, read_entries
 from flows.tracking import background, recovery, registry
 from flows.tracking.batches import BATCH_ENTITIES, BATCH_LIMITS, batches
+from flows.tracking.documents import without_secrets
 from flows.tracking.registrar import STEP_TAG
 from flows.tracking.registration import Checkpoint, Registration, RegistrationRequest, ask_registrar, register_model
 from flows.tracking.server import ADAPTER_TAG, RUN_TAG, connect, run_url
-from flows.tracking.tracker import open_tracker
+from flows.tracking.tracker import PARAM_CHARACTERS, open_tracker
 from tests.conftest import Served
 from tests.services import Proxy, proxied
 
@@ -121,6 +122,59 @@ def test_importing_the_tracker_imports_neither_mlflow_nor_torch():
 
 def test_a_runs_page_is_addressed_as_mlflow_addresses_it():
     assert run_url("http://h:1/", "3", "abc") == "http://h:1/#/experiments/3/runs/abc"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("s3://me:hunter2@pictures/icons", "s3://***@pictures/icons"),
+        ("https://ghp_0123@host/icons", "https://***@host/icons"),
+        ("https://me:p@ss@host:80/icons@v2", "https://***@host:80/icons@v2"),
+        ("s3://AKIA:a/b+c/d@pictures/icons", "s3://***@pictures/icons"),
+        ("/recipes/s3:/me:hunter2@pictures/icons", "/recipes/s3:/***@pictures/icons"),  # resolved against a folder
+        ("simplecache::ftp://me:hunter2@host/a", "simplecache::ftp://***@host/a"),
+        ("https://h/a?rev=2&Token=t0k&x=1", "https://h/a?rev=2&Token=***&x=1"),
+        ("https://h/a?X-Amz-Credential=c/d&X-Amz-Signature=s", "https://h/a?X-Amz-Credential=***&X-Amz-Signature=***"),
+        ("az://box/a?sv=2&sig=a%2Fb=", "az://box/a?sv=2&sig=***"),
+        ("https://h/a#access_token=t0k", "https://h/a#access_token=***"),
+        ("/a, s3://u:p@h/b, https://h?key=k", "/a, s3://***@h/b, https://h?key=***"),
+    ],
+)
+def test_a_secret_in_an_address_is_masked(address: str, shown: str):
+    assert without_secrets(address) == shown
+    assert without_secrets(shown) == shown
+    assert without_secrets({"sources": [{"path": address}], "rank": 4}) == {"sources": [{"path": shown}], "rank": 4}
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/pictures/me@home/a?b=c",
+        "https://host:8080/icons@v2?rev=main",
+        "hf://datasets/icons@main/train",
+        "a: me@host",
+        "http://[::1]:80/a@b",
+        "C:/me@home/icons",
+        "file:///data/me@home",
+        "s3://bucket/a=b",
+        "",
+    ],
+)
+def test_an_address_without_a_secret_stays_as_it_is(address: str):
+    assert without_secrets(address) == address
+
+
+def test_no_secret_of_a_source_gets_as_far_as_the_journal(bench: Bench, tmp_path: Path):
+    run_uid, secret, source = open_run(bench, "icons"), "hunter2", "s3://me:hunter2@pictures/icons?token=hunter2"
+    (tmp_path / "recipe.toml").write_text(f'name = "icons"\n[[data.sources]]\npath = "{source}"\n')
+    tracker = open_tracker(bench, run_uid, load_recipe(tmp_path / "recipe.toml"), tags={"source": source})
+    tracker.params({"cut": "x" * (PARAM_CHARACTERS - 13) + source})
+    tracker.dataset("icons@v1", "d" * 64, source)
+    tracker.document("card.json", {"sources": [source]})
+    tracker.close("completed")
+    journal = journal_path(bench.workspace, run_uid).read_text()
+    assert secret[:4] not in journal  # also where cutting comes close
+    assert "s3:/***@pictures/icons?token=***" in journal
 
 
 # with the real server ---------------------------------------------------------------------------------------------
