@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from sqlalchemy import select
 
 from components.catalog import runs as run_rows
 from components.catalog.database import MIGRATIONS
-from components.catalog.models import Run, now
+from components.catalog.models import ModelVersion, Promotion, Run, now
 from components.errors import SafelightError
 from components.stages import Bench
 from components.workspace import Workspace
@@ -30,6 +31,7 @@ SILENT_ELSEWHERE = timedelta(minutes=15)  # a run on another host that was not h
 LEFTOVER_AGE_S = 60.0
 LEAST_FREE_BYTES = 2_000_000_000
 PREFECT_PAGE = 200
+CRASHED = {"type": "CRASHED", "name": "Crashed", "message": "The process that ran it is gone."}
 WORKER = "components.training.worker"
 CRASH_NOTE = "its process ended without a word; run the same command again, it goes on from the last commit"
 
@@ -46,6 +48,7 @@ class Finding:
 
 
 Check = Callable[[Bench], Iterator[Finding]]
+PrefectApi = Callable[..., Any]  # `prefect_api.call` on a server
 
 
 def examine(
@@ -172,7 +175,7 @@ def _runs(bench: Bench) -> Iterator[Finding]:
 
 def _workers(bench: Bench) -> Iterator[Finding]:
     """Training children whose run has ended; their lifeline should have ended them."""
-    living = {run.pid for run in run_rows.running(bench.catalog) if not is_dead(run)}
+    living = {run.pid for run in _living(bench)}
     for process in psutil.process_iter():
         try:
             ours = (
@@ -217,17 +220,20 @@ def _services(bench: Bench) -> Iterator[Finding]:
         )
 
 
-def _flow_runs(bench: Bench) -> Iterator[Finding]:
-    """Prefect runs that are still Running although the catalog, which knows better, says that their run has ended."""
-    api = _prefect_api(bench.workspace)
-    if api is None:
-        return
-    from sqlalchemy import select
+def _asking_prefect(check: Callable[[Bench, PrefectApi], Iterator[Finding]]) -> Check:
+    """A check that needs Prefect; while that is not up there is nothing to find."""
 
-    busy = api(
-        "flow_runs/filter",
-        {"limit": PREFECT_PAGE, "flow_runs": {"state": {"type": {"any_": ["RUNNING", "CANCELLING"]}}}},
-    )
+    def asking(bench: Bench) -> Iterator[Finding]:
+        root = services.current(bench.workspace).prefect_url
+        if root:
+            yield from check(bench, partial(prefect_api.call, root))
+
+    return asking
+
+
+def _flow_runs(bench: Bench, api: PrefectApi) -> Iterator[Finding]:
+    """Prefect runs that are still Running although the catalog, which knows better, says that their run has ended."""
+    busy = _in_state(api, "flow_runs", ("RUNNING", "CANCELLING"))
     with bench.catalog.read() as session:
         ours = {
             run.prefect_flow_run_id: run.status
@@ -239,18 +245,9 @@ def _flow_runs(bench: Bench) -> Iterator[Finding]:
             continue
 
         def crash(flow_run_id: str = row["id"]) -> str:
-            state = {"type": "CRASHED", "name": "Crashed", "message": "The process that ran it is gone."}
-            tasks = api(
-                "task_runs/filter",
-                {
-                    "limit": PREFECT_PAGE,
-                    "flow_runs": {"id": {"any_": [flow_run_id]}},
-                    "task_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}},
-                },
-            )
-            for task in tasks:
-                api(f"task_runs/{task['id']}/set_state", {"state": state, "force": True})
-            api(f"flow_runs/{flow_run_id}/set_state", {"state": state, "force": True})
+            tasks = _in_state(api, "task_runs", ("RUNNING", "PENDING"), flow_runs={"id": {"any_": [flow_run_id]}})
+            for path in (*(f"task_runs/{task['id']}" for task in tasks), f"flow_runs/{flow_run_id}"):
+                api(f"{path}/set_state", {"state": CRASHED, "force": True})
             return f"set it and {len(tasks)} of its tasks to Crashed"
 
         yield Finding(
@@ -261,13 +258,15 @@ def _flow_runs(bench: Bench) -> Iterator[Finding]:
         )
 
 
-def _slots(bench: Bench) -> Iterator[Finding]:
+def _in_state(api: PrefectApi, kind: str, states: tuple[str, ...], **conditions: Any) -> list[dict[str, Any]]:
+    """Prefect's "flow_runs" or "task_runs" in one of these states."""
+    in_state = {kind: {"state": {"type": {"any_": states}}}}
+    return api(f"{kind}/filter", {"limit": PREFECT_PAGE} | in_state | conditions)
+
+
+def _slots(bench: Bench, api: PrefectApi) -> Iterator[Finding]:
     """This host's slot, taken although nothing runs here."""
-    api = _prefect_api(bench.workspace)
-    if api is None:
-        return
-    host = socket.gethostname()
-    if any(run.host == host and not is_dead(run) for run in run_rows.running(bench.catalog)):
+    if any(run.host == socket.gethostname() for run in _living(bench)):
         return
     for limit in api("v2/concurrency_limits/filter", {"limit": PREFECT_PAGE}):
         if limit["name"] == prefect_api.slot_name() and limit["active_slots"]:
@@ -309,10 +308,6 @@ def _champions(bench: Bench) -> Iterator[Finding]:
     """Champion aliases that somebody moved in MLflow itself: the audit trail gets to know."""
     if not services.current(bench.workspace).mlflow_url:
         return
-    from sqlalchemy import select
-
-    from components.catalog.models import ModelVersion, Promotion
-
     with bench.catalog.read() as session:
         names = sorted(set(session.scalars(select(ModelVersion.name))))
         recorded = {row.name: row.version for row in session.scalars(select(Promotion).order_by(Promotion.id))}
@@ -345,7 +340,7 @@ def _champions(bench: Bench) -> Iterator[Finding]:
 
 def _leftovers(bench: Bench) -> Iterator[Finding]:
     """Temporary files of writes that never ended. While a run is alive they may be its own."""
-    if any(not is_dead(run) for run in run_rows.running(bench.catalog)):
+    if _living(bench):
         return
     old = time.time() - LEFTOVER_AGE_S
     home = bench.workspace.home
@@ -414,8 +409,8 @@ CHECKS: dict[str, Check] = {
     "runs": _runs,
     "training processes": _workers,
     "services": _services,
-    "Prefect's runs": _flow_runs,
-    "concurrency slots": _slots,
+    "Prefect's runs": _asking_prefect(_flow_runs),
+    "concurrency slots": _asking_prefect(_slots),
     "tracking": _tracking,
     "champions": _champions,
     "temporary files": _leftovers,
@@ -432,13 +427,11 @@ def _mended(finding: Finding) -> Finding:
         return replace(finding, mend=f"{finding.mend} (tried: {error})")
 
 
+def _living(bench: Bench) -> list[Run]:
+    return [run for run in run_rows.running(bench.catalog) if not is_dead(run)]
+
+
 def _is_running(bench: Bench, run_uid: str) -> bool:
     with bench.catalog.read() as session:
         run = session.get(Run, run_uid)
     return run is not None and run.status == "running" and not is_dead(run)
-
-
-def _prefect_api(workspace: Workspace) -> Callable[..., Any] | None:
-    """`prefect_api.call` on the workspace's Prefect, or None when that is not up."""
-    root = services.current(workspace).prefect_url
-    return partial(prefect_api.call, root) if root else None

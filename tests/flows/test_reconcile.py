@@ -79,7 +79,8 @@ def test_temporary_files_are_deleted_once_nothing_runs(bench: Bench):
     old, young = folder / ".cdef.1.part", folder / ".cdef.2.part"
     for path in (old, young):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 3600,) * 2)
+    an_hour_ago = time.time() - 3600
+    os.utime(old, (an_hour_ago, an_hour_ago))
     run_uid = open_run(bench)
     assert findings(bench, "temporary files", fix=True) == [] and old.exists()
     runs.close_run(bench.catalog, run_uid, "completed")
