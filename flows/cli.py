@@ -3,9 +3,12 @@
 Nothing heavy is imported at the top: `safelight --help` needs neither Prefect, MLflow nor torch.
 """
 
+import json
+import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 INTERRUPTED, TERMINATED = 130, 143
 PREFECT_CONSOLE = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
+PREFECT_INTERNAL = "PREFECT_INTERNAL_LOGGING_LEVEL"
 STOP_PATIENCE_S = 60.0
+EXIT_PATIENCE_S = 15.0  # for logs and events on their way to Prefect
 EXIT_CODES = {"stopped": TERMINATED, "completed": 0}
 _facts: dict[str, str] = {}  # what the document of a failed command says beside its error: the run's uid
 
@@ -467,15 +472,38 @@ def export(
         )
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
-def pretrain(context: typer.Context) -> None:
-    """Train a small base model from scratch; `safelight pretrain --help` lists its own options."""
-    from flows.pretrain import main as pretrain_main
+@app.command()
+def pretrain(
+    *,
+    node_modules: Annotated[Path, typer.Option(help="Where npm installed the packages of emoji drawings.")],
+    out: Annotated[Path | None, typer.Option(help="Checkpoints and results; default: in the workspace.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Go on from this pipeline's weights.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with the fields of PretrainConfig to change.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Of torch, on the CPU.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small base model from scratch on emoji drawings; the same command goes on where it was stopped."""
+    with _reporter(as_json) as reporter:
+        from components.training.pretraining_config import read_config
 
-    raise typer.Exit(pretrain_main(context.args) or 0)
+        for name, folder in (("--node-modules", node_modules), ("--start", start)):
+            if folder is not None and not folder.is_dir():
+                raise BadInput(f"{name} {folder}: no such folder; components/base/README.md says what belongs there")
+        settings = read_config(config)
+        bench = _open_bench()
+        _serve(bench, reporter)
+        from flows.pretrain import pretrain as pretrain_flow
+
+        target = (out or bench.workspace.home / "pretrain").resolve()
+        target.mkdir(parents=True, exist_ok=True)
+        document = pretrain_flow(
+            node_modules.resolve(), target, start and start.resolve(), device=device, threads=threads, config=settings
+        )
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed"} | document,
+            lambda: reporter.say(f"{document['pipeline']}\n{json.dumps(document['figures'], indent=2)}"),
+        )
 
 
 # what the commands share ------------------------------------------------------------------------------------------
@@ -485,7 +513,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and turns whatever it raises into one line and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    sys.exit(_run(arguments))
+    code = _run(arguments)
+    _leave_in_time(code)
+    sys.exit(code)
+
+
+def _leave_in_time(code: int) -> None:
+    """End with `code` soon, also where Prefect's client still tries to tell a dead server what happened."""
+    sys.stdout.flush()
+    overdue = threading.Timer(EXIT_PATIENCE_S, os._exit, [code])
+    overdue.daemon = True
+    overdue.start()
 
 
 def _run(arguments: list[str]) -> int:  # noqa: PLR0911
@@ -574,6 +612,8 @@ def _adopt(bench: "Bench", running: "Services") -> None:
 
     services.adopt_environment(bench.workspace, running)
     os.environ.setdefault(PREFECT_CONSOLE, "CRITICAL")  # what Prefect logs is on its page; here a command speaks
+    os.environ.setdefault(PREFECT_INTERNAL, "CRITICAL")
+    logging.raiseExceptions = False  # a log that Prefect does not take is no news for the reader of this command
 
 
 def _read_recipe(path: Path, overrides: Sequence[str] | None = None, data: Path | None = None) -> "Recipe":

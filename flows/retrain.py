@@ -3,9 +3,10 @@
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
+from httpx import TransportError
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
@@ -160,7 +161,7 @@ def evaluate(run_uid: str, snapshot: str) -> str:
 def register(run_uid: str, evaluation: str) -> str:
     """The registered model's URI. A server of ours that died since the run began is started again."""
     run = _open[run_uid]
-    services.adopt_environment(run.bench.workspace, services.ensure_up(run.bench.workspace, ("mlflow",)))
+    _bring_back(run, "mlflow")
     trained, report = run.results["fine-tune"].product, run.results["evaluate"].product
     name, sha256 = run.recipe.name, trained.facts["sha256"]
     key = register_key(run.recipe, adapter_sha256=sha256, evaluation=evaluation)
@@ -210,15 +211,36 @@ def _on_the_gpu(run: OpenRun, stage: UpTo, key: str, request: dict[str, Any]) ->
     """A stage of the torch child; the host's one slot is held while it works."""
 
     def produce() -> Product:
-        with concurrency(
-            f"gpu:{socket.gethostname()}", strict=True, lease_duration=60, raise_on_lease_renewal_failure=False
-        ):
-            return run.ask(
-                {"stage": stage, "key": key, "run_uid": run.run_uid, "base": run.recipe.base.model_dump(mode="json")}
-                | request
-            )
+        product = None
+        body = {"stage": stage, "key": key, "run_uid": run.run_uid, "base": run.recipe.base.model_dump(mode="json")}
+        try:
+            _bring_back(run, "prefect")
+            with concurrency(
+                f"gpu:{socket.gethostname()}", strict=True, lease_duration=60, raise_on_lease_renewal_failure=False
+            ):
+                product = run.ask(body | request)
+                _bring_back(run, "prefect")  # to take the slot back
+        except TransportError as error:
+            if product is None:
+                raise _prefect_away(error) from error
+        except ServiceUnavailable:
+            if product is None:
+                raise
+        return product  # its work is done; a slot that nobody took back falls free when its lease ends
 
     return run.stage(stage, key, produce)
+
+
+def _bring_back(run: OpenRun, *servers: str) -> None:
+    """Start those servers of ours again that died since the run began; one check of health for each that lives."""
+    services.adopt_environment(run.bench.workspace, services.ensure_up(run.bench.workspace, servers))
+
+
+def _prefect_away(error: TransportError) -> ServiceUnavailable:
+    return ServiceUnavailable(
+        f"Prefect does not answer ({error or type(error).__name__}); start it with `safelight up` and run the same"
+        " command again, which goes on from the last commit"
+    )
 
 
 def _progress(run: OpenRun, stage: str) -> Any:
@@ -306,6 +328,8 @@ def publish(run: OpenRun) -> dict[str, Any]:
     card = run_card(run)
     run.tracker.document("run_card.json", card)
     runs.update_run(run.bench.catalog, run.run_uid, card=card, progress={}, mlflow_run_id=run.tracker.mlflow_run_id)
+    with suppress(ServiceUnavailable):
+        _bring_back(run, "prefect")  # to hear that the run has ended
     return card
 
 
@@ -383,6 +407,8 @@ def retrain_recipe(
     _listeners.extend(listeners)
     try:
         return retrain(recipe, upto=upto, run_uid=run_uid)
+    except TransportError as error:
+        raise _prefect_away(error) from error
     finally:
         for listener in listeners:
             _listeners.remove(listener)

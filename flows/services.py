@@ -41,6 +41,7 @@ PORTS_TRIED = 200
 STOP_GRACE_S = 10.0
 POLL_S = 0.2
 CLOCK_SLACK_S = 2.0  # creation times move with the system clock; a reused pid is never this close
+LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"  # in memory, a killed server's slots stay taken
 RUNNER_BEAT_S = 60.0  # the runner touches its beat file at every poll
 
 
@@ -363,9 +364,11 @@ class _Start:
             "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
         }
         variables = os.environ | environment(workspace, services) | extra
-        variables.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)  # meant for the command that starts us
+        for meant_for_the_command in ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL"):
+            variables.pop(meant_for_the_command, None)
         if service.name == "prefect":
             variables.pop("PREFECT_API_URL", None)
+            variables.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES_ON_DISK)
         self.progress(f"{service.name}: starting" + (f" on port {port}" if port else ""))
         with (workspace.logs / f"{service.name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -386,13 +389,11 @@ class _Start:
         assert service.port is not None
         with self.mutex:
             taken = {record.port for name, record in self.records.items() if name != service.name}
-            for port in [remembered] if remembered else []:
-                if port not in taken and _bindable(port):
-                    return port
-                self.progress(f"{service.name}: port {port} is taken by another program, looking for the next free one")
             first = remembered or service.port
             for port in range(first, first + PORTS_TRIED):
                 if port not in taken and _bindable(port):
+                    if port != first:
+                        self.progress(f"{service.name}: port {first} is taken by another program, {port} is free")
                     self.records[service.name] = Record(port=port)
                     return port
         raise ServiceUnavailable(

@@ -75,9 +75,12 @@ def test_down_ends_the_process_and_the_port_is_remembered(desk: Workspace):
     assert services.up(desk).dashboard_url == address
 
 
-def test_a_port_that_another_program_holds_is_given_up_and_said(desk: Workspace):
-    before = services.up(desk).dashboard_url
-    services.down(desk)
+@pytest.mark.parametrize("known", [True, False], ids=["remembered", "default"])
+def test_a_port_that_another_program_holds_is_given_up_and_said(desk: Workspace, known: bool):
+    before = f"http://127.0.0.1:{services.SERVICES[DESK].port}"
+    if known:
+        assert services.up(desk).dashboard_url == before
+        services.down(desk)
     told: list[str] = []
     with socket.socket() as squatter:
         squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,7 +88,8 @@ def test_a_port_that_another_program_holds_is_given_up_and_said(desk: Workspace)
         squatter.listen()
         after = services.up(desk, progress=told.append).dashboard_url
     assert after != before and urlopen(after, timeout=5).status == 200
-    assert any("is taken by another program" in line for line in told)
+    assert any(f"port {before.rpartition(':')[2]} is taken by another program" in line for line in told)
+    assert services.up(desk).dashboard_url == after
 
 
 def test_a_service_that_was_killed_comes_back_on_its_port(desk: Workspace):
