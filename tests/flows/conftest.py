@@ -9,10 +9,36 @@ from typing import Any
 
 import pytest
 
+from components.workspace import Workspace
+from flows import cli
 from tests.conftest import Served
 from tests.pictures import write_pictures, write_recipe
 
 ROOT = Path(__file__).parents[2]
+
+
+class Shell:
+    """Runs commands in this process and keeps what they said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]):
+        self.capsys = capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: str) -> int:
+        code = cli._run(list(arguments))
+        self.out, self.err = self.capsys.readouterr()
+        return code
+
+    def document(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+        assert self(*arguments, "--json") == code, self.err
+        document = json.loads(self.out)  # fails unless stdout is one JSON document
+        assert document["schema"] == 1
+        return document
+
+
+@pytest.fixture
+def shell(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
 
 
 @pytest.fixture(scope="session")

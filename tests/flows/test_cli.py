@@ -18,10 +18,9 @@ from components.catalog.models import ModelVersion, Run
 from components.config import Recipe, load_recipe
 from components.stages import Bench
 from components.workspace import Workspace
-from flows import cli
 from flows.console import number, seconds, size
 from tests.conftest import Served
-from tests.flows.conftest import safelight
+from tests.flows.conftest import Shell, safelight
 from tests.pictures import write_pictures
 
 COMMANDS = [
@@ -29,30 +28,6 @@ COMMANDS = [
     *("schedule", "runs", "show", "logs", "stop", "generate", "export", "pretrain"),
 ]
 ROOT = Path(__file__).parents[2]
-
-
-class Shell:
-    """Runs commands in this process and keeps what they said."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]):
-        self.capsys = capsys
-        self.out = self.err = ""
-
-    def __call__(self, *arguments: str) -> int:
-        code = cli._run(list(arguments))
-        self.out, self.err = self.capsys.readouterr()
-        return code
-
-    def document(self, *arguments: str, code: int = 0) -> dict[str, Any]:
-        assert self(*arguments, "--json") == code, self.err
-        document = json.loads(self.out)  # fails unless stdout is one JSON document
-        assert document["schema"] == 1
-        return document
-
-
-@pytest.fixture
-def shell(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(capsys)
 
 
 def safetensors_file(path: Path, metadata: dict[str, str]) -> Path:
@@ -78,7 +53,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     ] == COMMANDS
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "pretrain"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(shell: Shell, command: str):
     assert shell(command, "--help") == 0
     assert "--json" in shell.out
