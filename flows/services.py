@@ -40,6 +40,7 @@ MARK = "SAFELIGHT_SERVICE"  # set in the environment of everything started here:
 PORTS_TRIED = 200
 STOP_GRACE_S = 10.0
 POLL_S = 0.2
+PARTING_LINES = 40  # of a log, among which a server says why it ends: a traceback may follow
 CLOCK_SLACK_S = 2.0  # creation times move with the system clock; a reused pid is never this close
 LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"  # in memory, a killed server's slots stay taken
 RUNNER_BEAT_S = 60.0  # the runner touches its beat file at every poll
@@ -295,12 +296,17 @@ def refuse_public_address(host: str) -> None:
 
 def last_line(path: Path) -> str:
     """The last line of a log that says something, at most 200 characters."""
+    return next(iter(last_lines(path, 1)), "")
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last `count` lines of a log that say something, each at most 200 characters."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
-    spoken = [line.strip() for line in lines if any(character.isalnum() for character in line)]
-    return spoken[-1][:200] if spoken else ""
+        return []
+    spoken = [line.strip()[:200] for line in lines if any(character.isalnum() for character in line)]
+    return spoken[-count:]
 
 
 # starting ---------------------------------------------------------------------------------------------------------
@@ -556,7 +562,9 @@ def _bindable(port: int) -> bool:
 
 
 def _port_conflict(workspace: Workspace, service: Service) -> bool:
-    return service.port is not None and "in use" in last_line(workspace.logs / f"{service.name}.log").lower()
+    """Whether a server lost its port to another between our look and its own; what it says while ending comes after."""
+    told = last_lines(workspace.logs / f"{service.name}.log", PARTING_LINES)
+    return service.port is not None and any("in use" in line.lower() for line in told)
 
 
 # processes and the file that remembers them -----------------------------------------------------------------------

@@ -218,3 +218,21 @@ def test_the_servers_are_few_and_lean(served: Served):
     assert len(processes["mlflow"]) <= 3 and len(processes["prefect"]) <= 2
     assert json.loads(served.workspace.services_file.read_text())["mlflow_url"] == served.urls.mlflow_url
     assert os.environ.get("PREFECT_API_URL") is None
+
+
+def test_a_server_that_loses_its_port_while_starting_gets_the_next_one(
+    desk: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    taken = services.SERVICES[DESK].port
+
+    def beaten_once(workspace: Workspace, port: int) -> list[str]:
+        said = "address already in use\\nTraceback (most recent call last):\\nAssertionError\\nServer stopped!"
+        return (
+            [sys.executable, "-c", f"print('{said}'); raise SystemExit(1)"]
+            if port == taken
+            else web_server(workspace, port)
+        )
+
+    replace_command(monkeypatch, command=beaten_once)
+    services.up(desk)
+    assert record_of(desk).port == taken + 1
