@@ -81,18 +81,48 @@ class TrainingConfig(Config):
         default="auto", description="Training size in pixels; auto: the base model's own."
     )
     seed: int = Field(default=42, ge=0, description="Seeds weights, order, noise and times.")
-    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction"] = Field(
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction", "edm"] = Field(
         default="auto", description="What the model predicts; auto: as the base's scheduler says."
     )
-    timestep_sampling: Literal["uniform", "logit_normal"] = Field(
+    timestep_sampling: Literal["uniform", "logit_normal", "mode", "cosmap"] = Field(
         default="uniform", description="Density of training times."
     )
     logit_mean: float = Field(
         default=0.0, description="Mean logit of logit_normal times; above 0: towards noise, where forms are."
     )
     logit_std: float = Field(default=1.0, gt=0, description="Their spread.")
+    mode_scale: float = Field(
+        default=1.29, ge=-1, le=1.7519, description="Of mode times; above 0: towards the middle, below: the ends."
+    )
+    stratified_timesteps: bool = Field(
+        default=False, description="One time in each of train_batch_size equal strata, for a steadier loss."
+    )
+    discrete_flow_shift: float = Field(
+        default=1.0, gt=0, description="Factor on the odds t / (1 - t) of flow times; above 1: towards noise."
+    )
+    use_dynamic_shifting: bool = Field(
+        default=False, description="Shift flow times by the resolution, as the base's scheduler says (FLUX.1's mu)."
+    )
+    loss_weighting: Literal["none", "min_snr", "p2", "debiased", "sigma_sqrt", "cosmap", "edm"] = Field(
+        default="none", description="Weight of the loss by the signal-to-noise ratio."
+    )
     snr_gamma: float | None = Field(
         default=None, gt=0, description="Min-SNR-gamma loss weighting (epsilon and v); none: off."
+    )
+    p2_k: float = Field(default=1.0, gt=0, description="k of P2 weighting.")
+    p2_gamma: float = Field(default=1.0, ge=0, description="Its gamma; 0: no weighting.")
+    noise_offset: float = Field(
+        default=0.0, ge=0, le=1, description="Strength of noise that is the same all over a channel; 0.05 is usual."
+    )
+    multires_noise_iterations: int = Field(
+        default=0, ge=0, le=10, description="Levels of multi-resolution (pyramid) noise; 0: white noise."
+    )
+    multires_noise_discount: float = Field(default=0.3, gt=0, le=1, description="Strength over the level before.")
+    ip_noise_gamma: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Input perturbation: extra noise for the model alone; 0.1 is usual.",
     )
     caption_dropout_rate: float = Field(
         default=0.1, ge=0, lt=1, description="Share of steps that see the empty prompt."
@@ -113,6 +143,29 @@ class TrainingConfig(Config):
             raise ValueError(
                 f"lr_warmup_steps {self.lr_warmup_steps} is more than max_train_steps {self.max_train_steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _diffusion_settings_agree(self) -> Self:
+        """What a key needs from another, so that no setting is written down and then does nothing."""
+        needs = {
+            "mode_scale": ("timestep_sampling", ("mode",)),
+            "snr_gamma": ("loss_weighting", ("none", "min_snr")),
+            "p2_k": ("loss_weighting", ("p2",)),
+            "p2_gamma": ("loss_weighting", ("p2",)),
+            "multires_noise_iterations": ("noise_offset", (0.0,)),
+            "multires_noise_discount": ("multires_noise_iterations", tuple(range(1, 11))),
+            "use_dynamic_shifting": ("discrete_flow_shift", (1.0,)),
+        }
+        for key, (other, fitting) in needs.items():
+            value, found = getattr(self, key), getattr(self, other)
+            if value != type(self).model_fields[key].default and found not in fitting:
+                expected = " or ".join(map(repr, fitting)) if len(fitting) < 3 else "at least 1"
+                raise ValueError(f"{key} is {value!r}, but {other} is {found!r}, expected {expected}")
+        if self.loss_weighting == "min_snr" and self.snr_gamma is None:
+            raise ValueError("loss_weighting is 'min_snr', but snr_gamma is not set, expected a number such as 5.0")
+        if self.stratified_timesteps and self.train_batch_size == 1:
+            raise ValueError("stratified_timesteps is True, but train_batch_size is 1, expected at least 2")
         return self
 
 

@@ -21,6 +21,7 @@ class Draw:
     step: int
     sample_ids: tuple[str, ...]
     earlier: tuple[str, ...] = ()  # samples of this step's batches before this one, when gradients are accumulated
+    stratified: tuple[str, ...] = ()  # purposes whose uniform numbers lie one in each of B equal strata, in order
 
     def normal(self, shape: Sequence[int], purpose: str = "noise") -> Tensor:
         """Standard normal numbers of `shape` (B, ...), float32 on the CPU, where B = len(sample_ids).
@@ -33,8 +34,10 @@ class Draw:
     def uniform(self, size: int, purpose: str = "time") -> Tensor:
         """(B,) float64 numbers strictly between 0 and 1. Raises: ValueError when `size` is not the batch size."""
         self._check(size)
-        unit = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(purpose)]
-        return torch.stack(unit).clamp(2**-53, 1 - 2**-53)
+        unit = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(purpose)])
+        if purpose in self.stratified:
+            unit = (torch.arange(size, dtype=unit.dtype) + unit) / size
+        return unit.clamp(2**-53, 1 - 2**-53)
 
     def _check(self, size: int) -> None:
         if size != len(self.sample_ids):
@@ -58,9 +61,11 @@ class Draws:
     """All the randomness of a training run: `draws(step, sample_ids)` is the `Draw` of one batch.
 
     `earlier` are the samples of the step's batches before this one; only those that come again draw differently.
+    A stratified number depends on the sample's place in its batch, and batches are functions of seed and step.
     """
 
     seed: int
+    stratified: tuple[str, ...] = ()
 
     def __call__(self, step: int, sample_ids: Sequence[str], earlier: Sequence[str] = ()) -> Draw:
-        return Draw(self.seed, step, tuple(sample_ids), tuple(earlier))
+        return Draw(self.seed, step, tuple(sample_ids), tuple(earlier), self.stratified)

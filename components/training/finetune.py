@@ -5,8 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from torch import Tensor
 from components.config import TrainingConfig
 from components.curation.snapshots import SampleRow
 from components.diffusion.draws import Draw, Draws
+from components.diffusion.noise import INPUT_NOISES, NOISES, chosen, white
 from components.diffusion.objectives import Objective, objective_from_scheduler
-from components.diffusion.timesteps import logit_normal, uniform
+from components.diffusion.timesteps import DENSITIES, shift_of
+from components.diffusion.weighting import weighting_of
 from components.errors import BadInput, LatentCacheMismatch, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
@@ -92,15 +93,15 @@ def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, res
 
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
     """The objective that the base was trained with. Raises BaseModelError when the recipe asks for another."""
-    times = {
-        "uniform": uniform,
-        "logit_normal": partial(logit_normal, mean=training.logit_mean, std=training.logit_std),
-    }
+    scheduler = base.architecture.scheduler_config(base.path)
     return objective_from_scheduler(
-        base.architecture.scheduler_config(base.path),
-        to_time=times[training.timestep_sampling],
+        scheduler,
         prediction_type=training.prediction_type,
-        snr_gamma=training.snr_gamma,
+        to_time=DENSITIES[training.timestep_sampling](training),
+        shift=shift_of(training, scheduler),
+        weighting=weighting_of(training),
+        noise=chosen(NOISES, training),
+        input_noise=chosen(INPUT_NOISES, training),
     )
 
 
@@ -197,7 +198,7 @@ class _FineTuning:
                 max_train_steps=training.max_train_steps,
                 warmup_steps=training.lr_warmup_steps,
             ),
-            draws=Draws(training.seed),
+            draws=Draws(training.seed, stratified=("time",) if training.stratified_timesteps else ()),
             start_step=start,
             max_train_steps=training.max_train_steps,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -310,12 +311,14 @@ class _FineTuning:
         return checkpoint.step
 
     def _validate(self) -> Tensor:
+        """Losses in plain white noise, so that runs with other noise settings can be compared."""
         self.denoiser.eval()
+        objective = replace(self.objective, noise=white, input_noise=white)
 
         def per_sample(positions: Sequence[int], draw: Any) -> Tensor:
             batch = self.held_out.batch(positions)
             cond = {name: tensor.to(self.device) for name, tensor in batch.cond.items()}
-            return self.objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).cpu()
+            return objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).cpu()
 
         losses = validation_losses(per_sample, self.held_out.ids, self.training.validation_times)
         self.denoiser.train()

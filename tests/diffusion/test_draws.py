@@ -48,3 +48,20 @@ def test_draws_have_the_moments_of_their_distributions():
 def test_a_wrong_batch_size_is_refused():
     with pytest.raises(ValueError, match="3 samples, but the batch has 2"):
         Draws(0)(0, ["a", "b"]).normal((3, 4))
+
+
+def test_stratified_numbers_lie_one_in_each_stratum_and_only_for_their_purpose():
+    ids = [str(i) for i in range(8)]
+    draw, plain = Draws(2, stratified=("time",))(9, ids), Draws(2)(9, ids)
+    assert torch.equal((draw.uniform(8) * 8).long(), torch.arange(8))
+    assert torch.equal(draw.uniform(8) * 8 - torch.arange(8), (torch.arange(8) + plain.uniform(8)) - torch.arange(8))
+    assert torch.equal(draw.uniform(8, "caption"), plain.uniform(8, "caption"))
+    assert torch.equal(draw.normal((8, 3)), plain.normal((8, 3)))
+
+
+def test_stratified_numbers_are_a_function_of_seed_step_and_batch_and_stay_uniform():
+    draws = Draws(4, stratified=("time",))
+    assert torch.equal(draws(6, ["a", "b"]).uniform(2), draws(6, ["a", "b"]).uniform(2))
+    u = torch.cat([draws(step, [f"{step}/{i}" for i in range(16)]).uniform(16) for step in range(100)])
+    assert abs(u.mean() - 0.5) < 0.002 and abs(u.var() - 1 / 12) < 0.002  # a 16th of the usual error
+    assert u.min() > 0 and u.max() < 1
