@@ -88,42 +88,55 @@ def stage_line(result: StageResult) -> dict[str, Any]:
 def open_run(
     recipe: Recipe, *, run_uid: str | None, kind: str, on_event: OnEvent, tags: dict[str, str]
 ) -> Iterator[OpenRun]:
-    """Open a run, and close it as completed, failed or stopped whatever happens inside."""
+    """Open a retraining, and close it as completed, failed or stopped whatever happens inside."""
     bench = Bench.open(Workspace.from_environment())
     bench.catalog.migrate()
     base = resolve_base(recipe.base)
+    document = recipe.model_dump(mode="json")
+    with recorded(bench, document, kind=kind, run_uid=run_uid, tags=tags) as (uid, tracker):
+        on_event({"event": "run", "run_uid": uid})
+        with TorchChild(bench.workspace, bench.workspace.run_dir(uid) / "torch.log") as child:
+            yield OpenRun(bench, recipe, uid, base, child, tracker, on_event)
+
+
+@contextmanager
+def recorded(
+    bench: Bench,
+    recipe: dict[str, Any],
+    *,
+    kind: str,
+    run_uid: str | None = None,
+    tags: dict[str, str] | None = None,
+) -> Iterator[tuple[str, Tracker]]:
+    """A run of any kind in the catalog and in MLflow, ended in both as what happened inside; gives uid and tracker.
+
+    `recipe` is the document of its settings; its "name" is the run's. An existing `run_uid` is taken up again.
+    """
     commit = git_commit()
     run_uid = runs.open_run(
-        bench.catalog,
-        name=recipe.name,
-        kind=kind,
-        recipe=recipe.model_dump(mode="json"),
-        git_commit=commit,
-        run_uid=run_uid,
+        bench.catalog, name=recipe["name"], kind=kind, recipe=recipe, git_commit=commit, run_uid=run_uid
     )
-    on_event({"event": "run", "run_uid": run_uid})
-    tracker = open_tracker(bench, run_uid, recipe, tags=tags | ({"git_commit": commit} if commit else {}))
+    tracker = open_tracker(bench, run_uid, recipe, tags=(tags or {}) | ({"git_commit": commit} if commit else {}))
     status, error = "failed", None
-    with TorchChild(bench.workspace, bench.workspace.run_dir(run_uid) / "torch.log") as child:
-        try:
-            yield OpenRun(bench, recipe, run_uid, base, child, tracker, on_event)
-            status = "completed"
-        except (Stopped, KeyboardInterrupt) as cause:
-            status, error = "stopped", str(cause) or "interrupted"
-            raise
-        except SafelightError as cause:
-            error = str(cause)
-            raise
-        except BaseException as cause:
-            status = "stopped" if type(cause).__name__ == "TerminationSignal" else "failed"
-            error = str(lack_of_room(cause, bench.workspace.home) or f"{type(cause).__name__}: {cause}")
-            raise
-        finally:
-            reached = tracker.close(status)
-            runs.close_run(bench.catalog, run_uid, status, error=error)
-            runs.update_run(bench.catalog, run_uid, mlflow_run_id=tracker.mlflow_run_id)
-            if reached:
-                _send_what_outages_left(bench)
+    try:
+        yield run_uid, tracker
+        status = "completed"
+    except (Stopped, KeyboardInterrupt) as cause:
+        status, error = "stopped", str(cause) or "interrupted"
+        raise
+    except SafelightError as cause:
+        error = str(cause)
+        raise
+    except BaseException as cause:
+        status = "stopped" if type(cause).__name__ == "TerminationSignal" else "failed"
+        error = str(lack_of_room(cause, bench.workspace.home) or f"{type(cause).__name__}: {cause}")
+        raise
+    finally:
+        reached = tracker.close(status)
+        runs.close_run(bench.catalog, run_uid, status, error=error)
+        runs.update_run(bench.catalog, run_uid, mlflow_run_id=tracker.mlflow_run_id)
+        if reached:
+            _send_what_outages_left(bench)
 
 
 def _send_what_outages_left(bench: Bench) -> None:

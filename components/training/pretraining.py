@@ -58,7 +58,7 @@ from components.training.loop import StepReport, fit
 from components.training.optimizers import muon_for
 from components.training.order import batches_from
 from components.training.pictures import TINTS, Pictures, hash_fraction, in_color, read_pictures, tinted, to_unit
-from components.training.pretraining_config import Journal, PretrainConfig
+from components.training.pretraining_config import Journal, PretrainConfig, read_config
 from components.training.schedules import learning_rate_at
 
 Stage = Literal["vae", "unet", "assemble", "evaluate"]
@@ -282,8 +282,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    changes = json.loads(arguments.config.read_text(encoding="utf-8")) if arguments.config else {}
-    config = PretrainConfig.model_validate(changes)
+    config = read_config(arguments.config)
     stages: tuple[Stage, ...] = (arguments.stage,) if arguments.stage else STAGES[1 if arguments.start else 0 :]
     for stage in stages:
         run_stage(

@@ -5,7 +5,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
+
+from components.errors import BadInput
 
 
 class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
@@ -27,14 +29,14 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     text_layers: int = Field(default=3, ge=1)
     unet_channels: tuple[int, ...] = Field(default=(96, 192), description="Widths of the U-Net at 8x8 and 4x4.")
     unet_layers_per_block: int = Field(default=1, ge=1)
-    unet_steps: int = Field(default=1780, ge=1, description="Optimizer steps of text encoder and U-Net.")
-    unet_batch_size: int = Field(default=48, ge=1)
-    unet_learning_rate: float = Field(default=4e-3, gt=0, description="Peak rate.")
+    unet_steps: int = Field(default=3500, ge=1, description="Optimizer steps of text encoder and U-Net.")
+    unet_batch_size: int = Field(default=64, ge=1)
+    unet_learning_rate: float = Field(default=3e-3, gt=0, description="Peak rate.")
     time_mean: float = Field(
-        default=0.9, description="Mean logit of training times; positive: effort where shapes form."
+        default=0.6, description="Mean logit of training times; positive: effort where shapes form."
     )
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of captions left empty, for guidance.")
-    ema_decay: float = Field(default=0.996, gt=0, lt=1, description="Of the weights that are shipped.")
+    ema_decay: float = Field(default=0.997, gt=0, lt=1, description="Of the weights that are shipped.")
     flip_share: float = Field(
         default=0.0, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning."
     )
@@ -43,6 +45,20 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     )
     warmup_steps: int = Field(default=30, ge=0)
     checkpointing_steps: int = Field(default=50, ge=1)
+
+
+def read_config(path: Path | None) -> PretrainConfig:
+    """The settings, with what a JSON file changes. Raises: BadInput when it cannot be read or names something else."""
+    if path is None:
+        return PretrainConfig()
+    try:
+        return PretrainConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    except OSError as error:
+        what = error.strerror or str(error)
+    raise BadInput(f"{path}: {what}; expected a JSON object with fields of PretrainConfig")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.errors import ServiceUnavailable
+from components.errors import SafelightError, ServiceUnavailable
 from components.stages import Bench
 from components.workspace import Workspace
 from flows.journal import journal_path, read_entries
@@ -219,7 +219,8 @@ def main(work: Callable[[RegistrationRequest], dict[str, Any]] = register) -> in
     try:
         answer = work(request)
     except Exception as error:
-        logger.exception("registration failed")
+        if not isinstance(error, SafelightError):  # whose one line says it all
+            logger.exception("registration failed")
         answer = {"type": type(error).__name__, "error": first_line(error)}
     print(json.dumps(answer), file=answers, flush=True)
     return 1 if "error" in answer else 0

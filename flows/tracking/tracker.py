@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Literal
 
-from components.config import Recipe
 from components.errors import SafelightError
 from components.stages import Bench
 from flows.journal import Journal, journal_path, read_entries
@@ -114,7 +113,7 @@ class Tracker:
 def open_tracker(
     bench: Bench,
     run_uid: str,
-    recipe: Recipe,
+    recipe: Mapping[str, Any],
     *,
     tags: Mapping[str, Any] | None = None,
     url: str | None = None,
@@ -122,21 +121,21 @@ def open_tracker(
 ) -> Tracker:
     """Open a run's journal and start sending it in the background; returns at once, whether MLflow lives or not.
 
-    The recipe goes in as flat params (`training.rank`) and whole as `recipe.json`. A run that was opened before (a
-    retried flow) is continued. Without a known MLflow the journal is kept for later.
+    `recipe` is a document whose "name" is the experiment's; it goes in as flat params (`training.rank`) and whole as
+    `recipe.json`. A run that was opened before (a retried flow) is continued. Without a known MLflow the journal is
+    kept for later.
     """
     journal = Journal(journal_path(bench.workspace, run_uid))
     url = url or find_server(bench.workspace)
     fresh = journal.empty
     if fresh:
-        journal.append("run", {"experiment": recipe.name, "run_name": f"{recipe.name}-{run_uid[-6:]}"})
+        journal.append("run", {"experiment": recipe["name"], "run_name": f"{recipe['name']}-{run_uid[-6:]}"})
     else:
         journal.append("status", {"status": "RUNNING"})
     tracker = Tracker(journal, BackgroundSending(Sender(bench, run_uid, url), every_s) if url else None)
     if fresh:
-        body = recipe.model_dump(mode="json")
-        tracker.params(dict(flatten(body)))
-        tracker.document("recipe.json", body)
+        tracker.params(dict(flatten(recipe)))
+        tracker.document("recipe.json", recipe)
     tracker.tags(tags or {})
     tracker.sync()
     return tracker

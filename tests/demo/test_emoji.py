@@ -6,37 +6,13 @@ from PIL import Image, ImageDraw
 
 from components.demo.emoji import CONCEPTS_PATH, dominant_color, drawings, on_white, write_image_folder
 from components.errors import BadInput
+from tests.emoji import write_packages
 
 
 @pytest.fixture
 def node_modules(tmp_path: Path) -> Path:
-    """The packages as they are laid out, with two emoji: a rocket that is a concept, and a face that is none."""
-    root = tmp_path / "node_modules"
-    entries = [
-        {"label": "rocket", "hexcode": "1F680", "tags": ["space", "launch"], "subgroup": 56, "order": 1},
-        {"label": "grinning face", "hexcode": "1F600", "tags": [], "subgroup": 0, "order": 0},
-        {"label": "flag: Japan", "hexcode": "1F1EF-1F1F5", "tags": [], "subgroup": 98, "order": 2},
-    ]
-    names = [{"unified": "1F680", "short_names": ["rocket", "space_ship"]}]
-    groups = {"subgroups": {"0": "face-smiling", "56": "transport-air", "98": "country-flag"}}
-    for path, document in {
-        "emojibase-data/en/data.json": entries,
-        "emojibase-data/meta/groups.json": groups,
-        "emoji-datasource-google/emoji.json": names,
-    }.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(json.dumps(document))
-    red = Image.new("RGBA", (128, 128), (0, 0, 0, 0))
-    ImageDraw.Draw(red).ellipse((32, 32, 96, 96), fill=(220, 30, 30, 255))
-    for folder, suffix in (
-        ("emoji-datasource-google/img/google/64", "png"),
-        ("emoji-datasource-twitter/img/twitter/64", "png"),
-        ("@lobehub/fluent-emoji-3d/assets", "webp"),
-    ):
-        (root / folder).mkdir(parents=True)
-        for code in ("1f680", "1f600", "1f1ef-1f1f5"):
-            red.save(root / folder / f"{code}.{suffix}")
-    return root
+    """Two emoji and a flag: a rocket that is a concept, and a face that is none."""
+    return write_packages(tmp_path / "node_modules")
 
 
 def test_the_folder_is_an_image_folder_with_provenance_in_every_row(node_modules: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from components.catalog import runs
 from components.catalog.models import ModelVersion, Run
-from components.config import Recipe, load_recipe, parse_recipe
+from components.config import load_recipe, parse_recipe
 from components.errors import BadInput, ServiceUnavailable, StageFailed
 from components.stages import Bench
 from flows.journal import Entry, Journal, journal_path, read_entries
@@ -36,9 +36,9 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = ["red rocket", "blue cat"]
 
 
-def recipe_called(name: str) -> Recipe:
+def recipe_called(name: str) -> dict[str, Any]:
     body = {"name": name, "data": {"sources": [{"path": "/pictures"}]}, "training": {"rank": 4}}
-    return parse_recipe(body, origin="test")
+    return parse_recipe(body, origin="test").model_dump(mode="json")
 
 
 def open_run(bench: Bench, name: str) -> str:
@@ -167,7 +167,8 @@ def test_an_address_without_a_secret_stays_as_it_is(address: str):
 def test_no_secret_of_a_source_gets_as_far_as_the_journal(bench: Bench, tmp_path: Path):
     run_uid, secret, source = open_run(bench, "icons"), "hunter2", "s3://me:hunter2@pictures/icons?token=hunter2"
     (tmp_path / "recipe.toml").write_text(f'name = "icons"\n[[data.sources]]\npath = "{source}"\n')
-    tracker = open_tracker(bench, run_uid, load_recipe(tmp_path / "recipe.toml"), tags={"source": source})
+    recipe = load_recipe(tmp_path / "recipe.toml").model_dump(mode="json")
+    tracker = open_tracker(bench, run_uid, recipe, tags={"source": source})
     tracker.params({"cut": "x" * (PARAM_CHARACTERS - 13) + source})
     tracker.dataset("icons@v1", "d" * 64, source)
     tracker.document("card.json", {"sources": [source]})
@@ -254,7 +255,7 @@ def test_a_run_arrives_whole(bench: Bench, mlflow_url: str):
     ]
     assert Path(client.download_artifacts(run.info.run_id, "gallery/sheet.png")).read_bytes() == bench.store.read(sheet)
     recipe = json.loads(Path(client.download_artifacts(run.info.run_id, "recipe.json")).read_text())
-    assert recipe == recipe_called("whole").model_dump(mode="json")
+    assert recipe == recipe_called("whole")
     with bench.catalog.read() as session:
         known = session.get(Run, run_uid)
         assert known
@@ -382,11 +383,10 @@ def test_a_killed_run_is_caught_up_and_ended_and_others_are_left_alone(bench: Be
     tracker = open_tracker(bench, alive, recipe_called("killed"), url=mlflow_url, every_s=0.2)
     program = f"""
 import time
-from components.config import parse_recipe
 from components.stages import Bench
 from components.workspace import Workspace
 from flows.tracking.tracker import open_tracker
-recipe = parse_recipe({{"name": "killed", "data": {{"sources": [{{"path": "/p"}}]}}}}, origin="test")
+recipe = {{"name": "killed"}}
 bench = Bench.open(Workspace.from_environment())
 tracker = open_tracker(bench, {run_uid!r}, recipe, url={mlflow_url!r}, every_s=0.2)
 tracker.metrics(0, {{"loss": 1.0}})
