@@ -3,7 +3,6 @@
 The catalog is the owner of what happened; Prefect's and MLflow's word is brought into line with it.
 """
 
-import json
 import shutil
 import socket
 import time
@@ -12,7 +11,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +20,7 @@ from components.catalog import runs as run_rows
 from components.catalog.database import MIGRATIONS
 from components.catalog.models import ModelVersion, Promotion, Run, now
 from components.errors import SafelightError
+from components.families.bases import safetensors_fault
 from components.stages import Bench
 from components.workspace import Workspace
 from flows import deployments, prefect_api, services
@@ -384,21 +383,6 @@ def _base(_: Bench) -> Iterator[Finding]:
     for path in files:
         if fault := safetensors_fault(path):
             yield Finding(f"the embedded base model is damaged: {fault}", str(path), "install Safelight again")
-
-
-def safetensors_fault(path: Path) -> str:
-    """What is wrong with a safetensors file by its header and size, or ''. No tensor is read."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        total = path.stat().st_size
-        if length > total - 8:
-            return f"its header says {length} bytes, the file has {total}"
-        try:
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return "its header is not readable"
-    return "" if 8 + length + end == total else f"it has {total} bytes, its header promises {8 + length + end}"
 
 
 SCHEMA_CHECK = "the catalog's schema"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from httpx import TransportError
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
 
@@ -220,7 +221,7 @@ def _on_the_gpu(run: OpenRun, stage: UpTo, key: str, request: dict[str, Any]) ->
             ):
                 product = run.ask(body | request)
                 _bring_back(run, "prefect")  # to take the slot back
-        except TransportError as error:
+        except (TransportError, ConcurrencySlotAcquisitionError) as error:
             if product is None:
                 raise _prefect_away(error) from error
         except ServiceUnavailable:
@@ -236,7 +237,7 @@ def _bring_back(run: OpenRun, *servers: str) -> None:
     services.adopt_environment(run.bench.workspace, services.ensure_up(run.bench.workspace, servers))
 
 
-def _prefect_away(error: TransportError) -> ServiceUnavailable:
+def _prefect_away(error: Exception) -> ServiceUnavailable:
     return ServiceUnavailable(
         f"Prefect does not answer ({error or type(error).__name__}); start it with `safelight up` and run the same"
         " command again, which goes on from the last commit"

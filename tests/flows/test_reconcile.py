@@ -15,6 +15,7 @@ import pytest
 
 from components.catalog import runs
 from components.catalog.models import Run, now
+from components.families.bases import safetensors_fault
 from components.stages import Bench
 from flows import reconcile
 from flows.prefect_api import call, slot_name
@@ -123,7 +124,7 @@ def test_a_damaged_weight_file_is_seen_from_its_header(tmp_path: Path, damage: A
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     path = tmp_path / "w.safetensors"
     path.write_bytes(damage(len(header).to_bytes(8, "little") + header + bytes(8)))
-    assert fault in reconcile.safetensors_fault(path) and bool(fault) == bool(reconcile.safetensors_fault(path))
+    assert fault in safetensors_fault(path) and bool(fault) == bool(safetensors_fault(path))
 
 
 # against real servers ---------------------------------------------------------------------------------------------
