@@ -1,17 +1,22 @@
 """Bad input and broken surroundings, met by the real command: a line or a verdict, and sources stay as they were."""
 
 import json
+import os
 import shutil
 import sqlite3
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.catalog import datasets
+from components.catalog import datasets, runs
 from components.stages import Bench
 from components.workspace import Workspace
+from flows import services
+from flows.tracking.recovery import pending
 from tests.conftest import Served
 from tests.curation.folders import tree_digest
 from tests.curation.test_snapshots import header_only_png
@@ -159,3 +164,37 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_once_there_is_room
         done = kills.answer(disk.path, "curate", trained["recipe_path"], "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["snapshot"]["digest"] == trained["snapshot"]["digest"]
+
+
+def training(progress: dict[str, Any]) -> bool:
+    return progress.get("stage") == "fine-tune" and progress.get("done", 0) > 0
+
+
+@pytest.mark.services
+@pytest.mark.timeout(900)  # two servers start anew
+def test_a_run_outlives_its_servers_and_tells_them_everything_when_they_are_back(
+    served: Served, trained: dict[str, Any]
+):
+    changes = ("name=outlived", "training.max_train_steps=60", "training.checkpointing_steps=60")
+    settings = [word for change in changes for word in ("--set", change)]
+    with subprocess.Popen(
+        kills.command("retrain", trained["recipe_path"], *settings, "--json"),
+        env=os.environ | served.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        bench = Bench.open(served.workspace)
+        while not any(run.name == "outlived" and training(run.progress) for run in runs.running(bench.catalog)):
+            assert command.poll() is None
+            time.sleep(0.05)
+        marked = services._marked_processes(served.workspace)
+        for server in [*marked["mlflow"], *marked["prefect"]]:
+            server.kill()
+        out, err = command.communicate(timeout=600)
+    assert command.returncode == 0, err
+    assert "Traceback" not in err
+    card = json.loads(out)
+    assert card["status"] == "completed" and "challenger" in card["model"]["aliases"]
+    assert services.ensure_up(served.workspace) == served.urls
+    assert pending(bench) == []
