@@ -340,7 +340,8 @@ class _Start:
             predecessor.result()
         record = self.records.get(service.name, Record())
         started = time.monotonic()
-        if record.process() is None:
+        found = record.process() is not None
+        if not found:
             record = self._launch(service, record)
         for _ in range(3):
             if self._wait(service, record, started + service.patience_s):
@@ -348,9 +349,12 @@ class _Start:
                     prefect_api.prepare(_url(record))
                 self.progress(f"{service.name}: up after {time.monotonic() - started:.0f} s  {_url(record)}".rstrip())
                 return
-            if not _port_conflict(self.workspace, service):
+            if found and record.process() is None:  # it was on its way out when we came
+                found, record = False, self._launch(service, record)
+            elif _port_conflict(self.workspace, service):
+                record = self._launch(service, Record(port=(record.port or 0) + 1, release=record.release))
+            else:
                 break
-            record = self._launch(service, Record(port=(record.port or 0) + 1, release=record.release))
         log = self.workspace.logs / f"{service.name}.log"
         raise ServiceUnavailable(
             f"{service.name} did not come up within {service.patience_s:.0f} s: {last_line(log) or 'its log is empty'}"

@@ -236,3 +236,14 @@ def test_a_server_that_loses_its_port_while_starting_gets_the_next_one(
     replace_command(monkeypatch, command=beaten_once)
     services.up(desk)
     assert record_of(desk).port == taken + 1
+
+
+def test_a_server_that_ends_while_it_is_waited_for_is_started_again(desk: Workspace):
+    services.up(desk)
+    going = psutil.Process(record_of(desk).pid)
+    going.suspend()  # it lives and does not answer
+    end = threading.Timer(1.0, going.kill)
+    end.start()
+    services.up(desk)
+    end.join()
+    assert record_of(desk).pid != going.pid
