@@ -175,6 +175,21 @@ def test_a_stochastic_sampler_has_the_moments_of_the_data(sampler: str, base: st
     assert (scaled - torch.eye(3)).abs().max() < SIGMAS * (2 / COUNT) ** 0.5 + bias
 
 
+@pytest.mark.parametrize(
+    ("sampler", "stochastic"),
+    [("ddpm", True), ("euler_ancestral", True), ("sde-dpmsolver++", True), ("ddim", False), ("dpmsolver++", False)],
+)
+def test_a_stochastic_sampler_forgets_where_it_began_and_a_deterministic_one_does_not(sampler: str, stochastic: bool):
+    """The flow has the same moments, so moments alone cannot tell them apart."""
+    scheduler = sampler_from_scheduler(sampler, SD15)
+    ends = []
+    for seed in (0, 1):
+        scheduler.set_timesteps(10)
+        x_t, *_ = started(GAUSSIAN, SD15, scheduler, 64)
+        ends.append(run(scheduler, perfect_model(SD15, GAUSSIAN), x_t, seed=seed))
+    assert ((ends[0] - ends[1]).std() > 0.5) == stochastic
+
+
 def test_ddim_inversion_undoes_ddim_in_proportion_to_its_steps():
     x = GAUSSIAN.noised(torch.randn(64, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
                         torch.tensor(1.0).double(), torch.tensor(0.0).double())  # fmt: skip
