@@ -126,13 +126,13 @@ def draw_curves(journals: dict[str, Path], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 3 * len(journals)), layout="constrained")
     for row, (stage, journal) in enumerate(journals.items()):
         events = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
         keys = [key for key in ("loss", "psnr", "train_loss", "held_out_loss") if any(key in event for event in events)]
         groups = [["loss"], [key for key in keys if key != "loss"]]
         for column, group in enumerate(groups):
-            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
+            axes = figure.add_subplot(len(journals), 2, 2 * row + column + 1)
             for key in group:
                 points = [(event["step"], event[key]) for event in events if key in event]
                 axes.plot(*zip(*points, strict=True), label=CURVE_LABELS[key], linewidth=1)
