@@ -178,9 +178,9 @@ class EvaluationConfig(Config):
     variety_seeds: int = Field(default=4, ge=2, description="Seeds for each variety prompt.")
     num_inference_steps: int = Field(default=25, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(default=4.0, ge=1, description="Classifier-free guidance; 1: off.")
-    scheduler: Literal["auto", "dpmsolver++", "ddim", "euler", "unipc"] = Field(
-        default="auto", description="auto: the base's own."
-    )
+    scheduler: Literal[
+        "auto", "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmsolver++", "sde-dpmsolver++", "unipc"
+    ] = Field(default="auto", description="Sampler; auto: the base's own.")
     embedder: str = Field(
         default="auto", description='Feature space of the metrics; auto: "imagenet", which is offline.'
     )

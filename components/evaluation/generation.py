@@ -16,17 +16,12 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from components.config import EvaluationConfig
+from components.diffusion.samplers import sampler_from_scheduler
 from components.families.bases import BaseModel
 from components.stages import Bench, Product, ensure, stage_key
 from components.storage import Store
 from components.tensors import default_device
 
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe name -> (diffusers class, changes to the base's config)
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -113,13 +108,13 @@ def draw_gallery(
 
 
 def open_pipeline(store: Store, base: BaseModel, adapter_sha256: str | None, scheduler: str) -> Any:
-    """The stock pipeline of a base, in float32, with an adapter of the store loaded the stock way."""
-    import diffusers
+    """The stock pipeline of a base, in float32, with an adapter of the store loaded the stock way.
 
+    Raises: BaseModelError when `scheduler` names a sampler that is not for the base's path or prediction.
+    """
     pipeline = base.architecture.load_pipeline(base.path, default_device(), torch.float32)
     if scheduler != "auto":
-        class_name, changes = SCHEDULERS[scheduler]
-        pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **changes)
+        pipeline.scheduler = sampler_from_scheduler(scheduler, pipeline.scheduler.config)
     if adapter_sha256 is not None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / ADAPTER_FILE).write_bytes(store.read(adapter_sha256))

@@ -2,7 +2,9 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from sqlalchemy import select
 
 from components.catalog.models import Evaluation, Generation
 from components.config import EvaluationConfig
-from components.errors import BadInput
+from components.diffusion.samplers import SAMPLERS
+from components.errors import BadInput, BaseModelError
 from components.evaluation.evaluate import Contender, evaluate
-from components.evaluation.generation import Request, Settings, draw_gallery
+from components.evaluation.generation import Request, Settings, draw_gallery, open_pipeline
 from components.evaluation.prompts import choose_prompts, gallery_requests
 from components.stages import Product
 from tests.chain import Chain, ignore
@@ -87,6 +90,26 @@ def test_a_picture_does_not_depend_on_its_neighbours(chain: Chain):
         chain.bench, chain.base(), None, [REQUESTS[5]], SETTINGS, run_uid=None, on_progress=lambda _: None
     )
     assert np.array_equal(pixels(chain, gallery[5].sha256), pixels(chain, alone[0].sha256))
+
+
+CHOSEN = [name for name in get_args(EvaluationConfig.model_fields["scheduler"].annotation) if name != "auto"]
+
+
+def test_every_sampler_of_the_recipe_draws_its_own_picture(chain: Chain):
+    assert set(CHOSEN) < set(SAMPLERS)
+    drawn = {
+        draw_gallery(
+            chain.bench, chain.base(), None, REQUESTS[:1], replace(SETTINGS, scheduler=name, num_inference_steps=4),
+            run_uid=None, on_progress=lambda _: None,
+        )[0].sha256
+        for name in CHOSEN
+    }  # fmt: skip
+    assert len(drawn) == len(CHOSEN)
+
+
+def test_a_sampler_that_does_not_suit_the_base_is_refused_with_those_that_do(chain: Chain):
+    with pytest.raises(BaseModelError, match=r"'flow_euler'.*expected auto, ddpm, ddim"):
+        open_pipeline(chain.bench.store, chain.base(), None, "flow_euler")
 
 
 def test_every_picture_says_how_it_was_made(chain: Chain):
