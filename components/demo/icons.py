@@ -83,8 +83,11 @@ class IconCounts:
 
 
 def caption(words: str, colour: str) -> str:
-    """The prompt for an icon: `caption("rocket", "red")` is "rocket, red app icon"."""
-    return f"{words}, {colour} app icon"
+    """The prompt for an icon: `caption("rocket", "red")` is "red rocket, app icon style".
+
+    The word order is that of the base's own captions: colour, name, style.
+    """
+    return f"{colour} {words}, app icon style"
 
 
 def pictograms() -> list[Pictogram]:
@@ -152,8 +155,10 @@ def _rounded_square() -> Image.Image:
 def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
     """Which icons the demo consists of; a function of the pictogram table and of the words the base knows.
 
-    `known_words` may hold whole names ("hot dog") too. Held out are HELD_OUT_CONCEPTS concepts that are known by name
-    or word by word, chosen by a salted hash, each in all colours.
+    `known_words` may hold whole names ("hot dog") too. Only concepts that are known by name or word by word come in: an
+    adapter that has to learn new things as well learns the style less well. HELD_OUT_CONCEPTS of them, chosen by a
+    salted hash, are held out. Every pictogram comes in all colours, so that nothing but the word tells which is asked
+    for.
     A training concept named after a held-out one ("open book" beside "book"), and a training glyph shaped like a
     held-out one, are left out.
     """
@@ -161,19 +166,19 @@ def plan_icons(known_words: Collection[str], glyphs: Glyphs) -> list[Icon]:
     for pictogram in pictograms():
         by_concept.setdefault(pictogram.concept, []).append(pictogram)
     known = {word.lower() for word in known_words}
-    eligible = sorted((c for c in by_concept if c in known or set(c.split()) <= known), key=_lot)
-    held_out = list(islice(_without_namesakes(eligible), HELD_OUT_CONCEPTS))
+    by_lot = sorted((c for c in by_concept if c in known or set(c.split()) <= known), key=_lot)
+    held_out = list(islice(_without_namesakes(by_lot), HELD_OUT_CONCEPTS))
     test = [by_concept[concept][0] for concept in held_out]
     unseen_shapes = [_shape(glyphs, pictogram) for pictogram in test]
 
     icons = [Icon(pictogram, colour, "test") for pictogram in test for colour in PALETTE]
-    for concept, members in by_concept.items():
+    for concept in by_lot:
         if concept in held_out or any(_named_after(concept, other) for other in held_out):
             continue
-        for pictogram in members:
+        for pictogram in by_concept[concept]:
             shape = _shape(glyphs, pictogram)
             if not any(_alike(shape, unseen) for unseen in unseen_shapes):
-                icons += [Icon(pictogram, colour, "train") for colour in _some_colours(pictogram)]
+                icons += [Icon(pictogram, colour, "train") for colour in PALETTE]
     return sorted(icons, key=lambda icon: icon.file_name)
 
 
@@ -211,12 +216,6 @@ def _count(icons: list[Icon]) -> IconCounts:
 
 def _lot(name: str) -> str:
     return hashlib.sha256(f"{SALT}\0{name}".encode()).hexdigest()
-
-
-def _some_colours(pictogram: Pictogram) -> Iterator[str]:
-    """Two or three colours of the palette, by lot."""
-    lot = _lot(pictogram.glyph)
-    yield from sorted(PALETTE, key=lambda colour: _lot(f"{pictogram.glyph}/{colour}"))[: 2 + int(lot[0], 16) % 2]
 
 
 def _named_after(concept: str, other: str) -> bool:

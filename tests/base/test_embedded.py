@@ -100,7 +100,7 @@ def test_the_prompt_decides_the_colour(pipeline: StableDiffusionPipeline):
 
 
 def test_no_word_of_a_prompt_is_invisible(pipeline: StableDiffusionPipeline):
-    prompts = ["zebra, red app icon", "gecko, red app icon", "Ångström", "你好"]
+    prompts = ["red zebra, app icon style", "red gecko, app icon style", "Ångström", "你好"]
     tokens = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
     assert (tokens == pipeline.tokenizer.eos_token_id).sum(dim=1).lt(tokens.shape[1] - 2).all()
     embeds = pipeline.encode_prompt(prompts, "cpu", 1, False)[0]

@@ -24,9 +24,10 @@ from components.demo.icons import (
     write_icons,
 )
 from components.errors import BadInput
+from flows.demo import known_words
 from tests.curation.folders import new_bench
 
-KNOWN_WORDS = {word for pictogram in pictograms() for word in pictogram.concept.split()} - {"rocket", "cat"}
+KNOWN_WORDS = known_words() - {"rocket", "cat"}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_the_folder_is_an_ordinary_image_folder_with_provenance(written: tuple[P
     folder, counts = written
     rows = rows_of(folder)
     assert Counter(row["split"] for row in rows) == {"train": counts.train, "test": counts.test}
-    assert 800 <= counts.train <= 1200 and counts.test == HELD_OUT_CONCEPTS * len(PALETTE)
+    assert 500 <= counts.train <= 1000 and counts.test == HELD_OUT_CONCEPTS * len(PALETTE)
     for row in rows:
         assert row["licence"] == "CC-BY-4.0" and row["author"] and row["source"]
         with Image.open(folder / row["file_name"]) as image:
@@ -68,14 +69,14 @@ def test_the_folder_is_an_ordinary_image_folder_with_provenance(written: tuple[P
 
 
 def test_captions_name_the_thing_and_the_colour():
-    assert caption("rocket", "red") == "rocket, red app icon"
+    assert caption("rocket", "red") == "red rocket, app icon style"
 
 
 def test_the_background_of_every_icon_is_read_as_the_colour_its_caption_names(written: tuple[Path, IconCounts]):
     folder, _ = written
     for row in rows_of(folder):
         with Image.open(folder / row["file_name"]) as image:
-            assert f", {background_colour(image)} app icon" in row["text"]
+            assert row["text"].startswith(f"{background_colour(image)} ")
 
 
 def test_the_background_is_read_at_any_size(written: tuple[Path, IconCounts]):
@@ -85,16 +86,15 @@ def test_the_background_is_read_at_any_size(written: tuple[Path, IconCounts]):
         assert len({background_colour(image.resize((side, side))) for side in (32, 64, 200, 512)}) == 1
 
 
-def test_held_out_concepts_are_known_to_the_base_and_shown_in_every_colour(icons: list[Icon]):
+def test_all_concepts_are_known_to_the_base_and_held_out_ones_shown_in_every_colour(icons: list[Icon]):
     test = [icon for icon in icons if icon.split == "test"]
-    assert all(set(icon.pictogram.concept.split()) <= KNOWN_WORDS for icon in test)
+    assert all(set(icon.pictogram.concept.split()) <= KNOWN_WORDS for icon in icons)
     assert set(Counter(icon.pictogram.concept for icon in test).values()) == {len(PALETTE)}
 
 
-def test_training_glyphs_come_in_two_or_three_colours(icons: list[Icon]):
-    counts = Counter(icon.pictogram.glyph for icon in icons if icon.split == "train")
-    assert set(counts.values()) == {2, 3}
-    assert set(Counter(icon.colour for icon in icons)) == set(PALETTE)
+def test_the_word_alone_tells_the_colour_since_every_pictogram_comes_in_all(icons: list[Icon]):
+    colours = Counter(icon.pictogram.glyph for icon in icons)
+    assert set(colours.values()) == {len(PALETTE)}
 
 
 def test_no_training_icon_shows_or_is_named_after_a_held_out_concept(icons: list[Icon]):

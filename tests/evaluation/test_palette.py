@@ -20,7 +20,7 @@ def test_the_ring_sees_the_ground_of_a_rounded_square_and_not_its_glyph(colour: 
 
 
 def test_a_prompt_asks_for_the_one_colour_it_names():
-    assert asked_colour("rocket, red app icon", PALETTE) == "red"
+    assert asked_colour("red rocket, app icon style", PALETTE) == "red"
     assert asked_colour("Blue whale", PALETTE) == "blue"
     assert asked_colour("a red and green parrot", PALETTE) is None
     assert asked_colour("bored walrus", PALETTE) is None
