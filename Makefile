@@ -1,10 +1,12 @@
 # `make demo` shows the product, `make test` proves it. The virtual environment is made once and again when pins change.
 #   PYTHON    the interpreter that makes the environment, 3.11 or newer
 #   PIP_ARGS  more arguments for pip, such as the --index-url or --find-links that holds the torch build for your GPU
+#   WORKERS   processes that share the tests; one of them has Prefect and MLflow to itself
 #   TESTS     what `make test` runs, for example TESTS=tests/curation
 #   KILLS     how often `make soak` kills a run; SOAK is the folder that keeps its tally
 PYTHON ?= python3
 PIP_ARGS ?=
+WORKERS ?= 2
 TESTS ?= tests
 KILLS ?= 30
 SOAK ?= build/soak
@@ -34,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/safelight demo
 
 test: $(STAMP) browser
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

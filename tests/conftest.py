@@ -18,6 +18,7 @@ os.environ |= {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # test processes run side by side
     "OMP_WAIT_POLICY": "PASSIVE",
     "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -37,6 +38,14 @@ class Served:
     workspace: Workspace
     urls: services.Services
     environment: dict[str, str]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For runs on several processes: what shares the servers goes to one of them and first, the rest file by file."""
+    for item in items:
+        shares = "served" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("served" if shares else item.path.name))
+    items.sort(key=lambda item: "served" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture
