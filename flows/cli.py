@@ -478,6 +478,8 @@ def pretrain(
     node_modules: Annotated[Path, typer.Option(help="Where npm installed the packages of emoji drawings.")],
     out: Annotated[Path | None, typer.Option(help="Checkpoints and results; default: in the workspace.")] = None,
     start: Annotated[Path | None, typer.Option(help="Go on from this pipeline's weights.")] = None,
+    autoencoder: Annotated[Path | None, typer.Option(help="Take this pipeline's instead of training one.")] = None,
+    objective: Annotated[str | None, typer.Option(help="ddpm, v, edm or flow; default: as the settings say.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file with the fields of PretrainConfig to change.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of torch, on the CPU.")] = 1,
@@ -487,10 +489,14 @@ def pretrain(
     with _reporter(as_json) as reporter:
         from components.training.pretraining_config import read_config
 
-        for name, folder in (("--node-modules", node_modules), ("--start", start)):
+        for name, folder in (("--node-modules", node_modules), ("--start", start), ("--autoencoder", autoencoder)):
             if folder is not None and not folder.is_dir():
                 raise BadInput(f"{name} {folder}: no such folder; components/base/README.md says what belongs there")
-        settings = read_config(config)
+        settings = read_config(config, **({"objective": objective} if objective else {}))
+        if start is not None:
+            from components.training.formulations import require_objective
+
+            require_objective(start, settings)
         bench = _open_bench()
         _serve(bench, reporter)
         from flows.pretrain import pretrain as pretrain_flow
@@ -498,7 +504,13 @@ def pretrain(
         target = (out or bench.workspace.home / "pretrain").resolve()
         target.mkdir(parents=True, exist_ok=True)
         document = pretrain_flow(
-            node_modules.resolve(), target, start and start.resolve(), device=device, threads=threads, config=settings
+            node_modules.resolve(),
+            target,
+            start and start.resolve(),
+            autoencoder and autoencoder.resolve(),
+            device=device,
+            threads=threads,
+            config=settings,
         )
         reporter.finish(
             {"schema": SCHEMA, "status": "completed"} | document,

@@ -39,6 +39,7 @@ def pretrain(
     node_modules: Path,
     out: Path,
     start: Path | None = None,
+    autoencoder: Path | None = None,
     device: str = "cpu",
     threads: int = 1,
     config: PretrainConfig | None = None,
@@ -46,7 +47,7 @@ def pretrain(
     """Train autoencoder, text encoder and U-Net from scratch on emoji drawings; returns the run's document.
 
     Every step resumes where an earlier run of the same `out` was stopped. With `start`, a pipeline's folder, training
-    goes on from its weights.
+    goes on from its weights; with `autoencoder`, another one's, only the denoiser is trained.
     """
     config = config or PretrainConfig()
     bench = Bench.open(Workspace.from_environment())
@@ -55,6 +56,7 @@ def pretrain(
         "name": NAME,
         "out": str(out),
         "start": str(start) if start else None,
+        "autoencoder": str(autoencoder) if autoencoder else None,
         "device": device,
         "threads": threads,
         "config": config.model_dump(mode="json"),
@@ -68,8 +70,9 @@ def pretrain(
             kept = curate_drawings(run_uid, drawings, out)
             with atomic_write(out / CONFIG_NAME) as file:
                 file.write(config.model_dump_json(indent=2).encode())
-            for stage in STAGES[1:] if start else STAGES:
-                train(run_uid, stage, kept, out, start, device, threads)
+            shipped = {name: str(folder) for name, folder in (("start", start), ("autoencoder", autoencoder)) if folder}
+            for stage in STAGES[1:] if shipped else STAGES:
+                train(run_uid, stage, kept, out, shipped, device, threads)
             figures = publish(run_uid, out)
         finally:
             del _trackers[run_uid]
@@ -110,7 +113,7 @@ def curate_drawings(run_uid: str, drawings: Path, out: Path) -> Path:
 
 
 @task(name="train", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-def train(run_uid: str, stage: str, data: Path, out: Path, start: Path | None, device: str, threads: int) -> None:
+def train(run_uid: str, stage: str, data: Path, out: Path, shipped: dict[str, str], device: str, threads: int) -> None:
     """One stage in a process of its own, which saves a checkpoint when it is asked to stop; its journal is relayed."""
     options = {
         "stage": stage,
@@ -119,7 +122,7 @@ def train(run_uid: str, stage: str, data: Path, out: Path, start: Path | None, d
         "config": out / CONFIG_NAME,
         "device": device,
         "threads": threads,
-    } | ({"start": start} if start else {})
+    } | shipped
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "components.training.pretraining", *words]
     child = subprocess.Popen(command, stdout=sys.stderr.fileno())  # stdout is for results

@@ -43,8 +43,12 @@ SAMPLERS = {
     # first order in the log-SNR. Song et al. 2021, arXiv:2010.02502; inversion runs it from data to noise
     "ddim": Sampler(_ddpm("DDIMScheduler")),
     "ddim_inverse": Sampler(_ddpm("DDIMInverseScheduler")),
-    # the probability-flow ODE in sigma. Karras et al. 2022, arXiv:2206.00364, algorithm 1; Euler is its first half
-    "euler": Sampler({NoiseSchedule: "EulerDiscreteScheduler", EDMPath: "EDMEulerScheduler"}),
+    # the probability-flow ODE in sigma. Karras et al. 2022, arXiv:2206.00364, algorithm 1; Euler is its first half.
+    # On a straight path the multistep solver's first order is Euler's method in t, in a class that every pipeline runs
+    "euler": Sampler(
+        {NoiseSchedule: "EulerDiscreteScheduler", EDMPath: "EDMEulerScheduler", StraightPath: DPM},
+        {"algorithm_type": "dpmsolver++", "solver_order": 1},
+    ),
     "euler_ancestral": Sampler(_ddpm("EulerAncestralDiscreteScheduler"), unable=("sample",)),
     "heun": Sampler(_ddpm("HeunDiscreteScheduler")),
     # second-order multistep on the data prediction, and its SDE. Lu et al. 2022, arXiv:2211.01095

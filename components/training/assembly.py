@@ -2,31 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
+from components.diffusion.samplers import sampler_from_scheduler
 from components.errors import DamagedArtifact
 from components.training.denoiser import TextToLatents
 from components.training.pictures import Picture
 
 MAX_BYTES = 48 * 2**20  # of safetensors in the folder
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "algorithm_type": "dpmsolver++",
-    "solver_order": 2,
-    "final_sigmas_type": "zero",
-    "steps_offset": 1,  # the stock pipeline insists; flow sigmas do not use it
-}
 
 
-def assemble_pipeline(model: TextToLatents, vae: AutoencoderKL, folder: Path) -> Path:
+def assemble_pipeline(
+    model: TextToLatents, vae: AutoencoderKL, folder: Path, scheduler: Mapping[str, Any]
+) -> Path:
     """Write the pipeline beside `folder`, then swap it in: U-Net and VAE as fp16, the text encoder as fp32.
 
     transformers opens a text encoder in the precision it was saved in, diffusers opens its models in fp32: a text
@@ -40,7 +34,7 @@ def assemble_pipeline(model: TextToLatents, vae: AutoencoderKL, folder: Path) ->
         text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
         unet=model.unet,
-        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),  # pyright: ignore[reportArgumentType]
+        scheduler=sampler_from_scheduler("auto", scheduler),
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,

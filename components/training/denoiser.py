@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from components.diffusion.draws import Draw
-from components.diffusion.objectives import Objective, RectifiedFlow
+from components.diffusion.objectives import Objective
 from components.diffusion.timesteps import stratified
 from components.training.autoencoder import posterior_of
 from components.training.captions import BOS, EMPTY_PROMPT, EOS, caption
@@ -93,14 +93,16 @@ def denoising_loss(
     return objective.per_sample(model, batch.latents, model.prompt_embeds(prompts), draw).mean()
 
 
-def fixed_noise_loss(model: TextToLatents, rows: Sequence[Picture], latents: Tensor) -> float:
-    """Unweighted velocity error with the same noise and evenly spread times at every call: comparable over a run."""
+def fixed_noise_loss(
+    model: TextToLatents, objective: Objective, rows: Sequence[Picture], latents: Tensor
+) -> float:
+    """The objective with the same noise and evenly spread times at every call: comparable over a run."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     t = stratified(torch.full((len(latents),), 0.5)).to(latents.device)
     with torch.no_grad():
         prompt_embeds = model.prompt_embeds([f"{row.name}, {row.style} style" for row in rows])
-        return RectifiedFlow().at(model, latents, prompt_embeds, t, noise).mean().item()
+        return objective.at(model, latents, prompt_embeds, t, noise).mean().item()
 
 
 def probe_of(pictures: Pictures, latents: Tensor, size: int = 128) -> tuple[list[Picture], Tensor]:

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -28,8 +27,6 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from components.diffusion.draws import Draw, Draws
-from components.diffusion.objectives import RectifiedFlow
-from components.diffusion.timesteps import logit_normal
 from components.errors import DamagedArtifact
 from components.evaluation.embedders import ImageNetEmbedder
 from components.training.assembly import assemble_pipeline, write_concepts
@@ -54,6 +51,7 @@ from components.training.denoiser import (
     probe_of,
 )
 from components.training.ema import ExponentialAverage
+from components.training.formulations import FORMULATIONS, require_objective
 from components.training.loop import StepReport, fit
 from components.training.optimizers import muon_for
 from components.training.order import batches_from
@@ -164,7 +162,7 @@ def train_denoiser(
         restore_optimizer(optimizer, checkpoint.tensors["optimizer"])
         ema.load(checkpoint.tensors["ema"])
         start_step = checkpoint.step
-    objective = RectifiedFlow(to_time=partial(logit_normal, mean=config.time_mean))
+    objective = FORMULATIONS[config.objective].objective(config)
     draws = Draws(config.seed)
 
     def batches() -> Iterator[CaptionedLatents]:
@@ -199,7 +197,7 @@ def train_denoiser(
 
     def on_checkpoint(steps: int) -> None:
         with ema.applied():
-            losses = {f"{name}_loss": fixed_noise_loss(model, *probe) for name, probe in probes.items()}
+            losses = {f"{name}_loss": fixed_noise_loss(model, objective, *probe) for name, probe in probes.items()}
         journal(step=steps, **losses)
         tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer), "ema": ema.tensors}
         save_checkpoint(out, steps, tensors, {"config": config.model_dump()})
@@ -236,23 +234,27 @@ def run_stage(
     *,
     device: str = "cpu",
     start: Path | None = None,
+    autoencoder: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run one stage on the image folder `data`; results and checkpoints go under `out`.
 
-    With `start`, a pipeline folder, the autoencoder is taken from there and the denoiser begins with its weights.
+    The autoencoder is that of the pipeline folder `autoencoder` or `start`, else the one trained here; the denoiser
+    begins with the weights of `start`, else with fresh ones.
     """
     pictures = read_pictures(data)
     concrete = pictures.where(row.concrete for row in pictures.rows)
     if stage == "vae":
         train_autoencoder(pictures, out / "vae", config, device=device, should_stop=should_stop)
         return
-    vae = AutoencoderKL.from_pretrained(start / "vae" if start else out / "vae/model")
+    shipped = autoencoder or start
+    vae = AutoencoderKL.from_pretrained(shipped / "vae" if shipped else out / "vae/model")
     if stage == "unet":
         vae.to(device)  # pyright: ignore[reportArgumentType]
         train_denoiser(pictures, vae, out / "unet", config, start=start, should_stop=should_stop)
     elif stage == "assemble":
-        assemble_pipeline(averaged_denoiser(concrete, out / "unet", config), vae, out / "pipeline")
+        averaged = averaged_denoiser(concrete, out / "unet", config)
+        assemble_pipeline(averaged, vae, out / "pipeline", FORMULATIONS[config.objective].scheduler)
         write_concepts(concrete.rows, out / "concepts.json")
     else:
         held_out = pictures.where(hash_fraction(row.group) < config.held_out for row in pictures.rows)
@@ -294,6 +296,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and results")
     parser.add_argument("--stage", choices=STAGES, help="one stage; without it all of them")
     parser.add_argument("--start", type=Path, help="pipeline folder to go on from instead of fresh weights")
+    parser.add_argument("--autoencoder", type=Path, help="pipeline folder to take the autoencoder from")
     parser.add_argument("--config", type=Path, help="JSON file with fields of PretrainConfig that differ")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
@@ -302,11 +305,15 @@ def main() -> None:
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     config = read_config(arguments.config)
-    stages: tuple[Stage, ...] = (arguments.stage,) if arguments.stage else STAGES[1 if arguments.start else 0 :]
+    if arguments.start:
+        require_objective(arguments.start, config)
+    missing = STAGES[1:] if arguments.start or arguments.autoencoder else STAGES
+    stages: tuple[Stage, ...] = (arguments.stage,) if arguments.stage else missing
     for stage in stages:
         run_stage(
             stage, arguments.data, arguments.out, config,
-            device=arguments.device, start=arguments.start, should_stop=stopped.is_set,
+            device=arguments.device, start=arguments.start, autoencoder=arguments.autoencoder,
+            should_stop=stopped.is_set,
         )  # fmt: skip
         if stopped.is_set():
             sys.exit(143)

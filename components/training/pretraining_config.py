@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -32,8 +33,11 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     unet_steps: int = Field(default=3500, ge=1, description="Optimizer steps of text encoder and U-Net.")
     unet_batch_size: int = Field(default=64, ge=1)
     unet_learning_rate: float = Field(default=3e-3, gt=0, description="Peak rate.")
+    objective: Literal["ddpm", "v", "edm", "flow"] = Field(
+        default="flow", description="What is predicted on which path; the pipeline's scheduler says so too."
+    )
     time_mean: float = Field(
-        default=0.6, description="Mean logit of training times; positive: effort where shapes form."
+        default=0.6, description="Mean logit of flow's training times; positive: effort where shapes form."
     )
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of captions left empty, for guidance.")
     ema_decay: float = Field(default=0.997, gt=0, lt=1, description="Of the weights that are shipped.")
@@ -50,18 +54,20 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     checkpointing_steps: int = Field(default=50, ge=1)
 
 
-def read_config(path: Path | None) -> PretrainConfig:
-    """The settings, with what a JSON file changes. Raises: BadInput when it cannot be read or names something else."""
-    if path is None:
-        return PretrainConfig()
+def read_config(path: Path | None, **changes: str) -> PretrainConfig:
+    """The settings, with what a JSON file and then `changes` say. Raises: BadInput when either says something else."""
+    origin = str(path) if path else "settings"
     try:
-        return PretrainConfig.model_validate_json(path.read_bytes())
+        body = json.loads(path.read_bytes()) if path else {}
+        return PretrainConfig.model_validate({**body, **changes})
     except ValidationError as error:
         first = error.errors()[0]
         what = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     except OSError as error:
         what = error.strerror or str(error)
-    raise BadInput(f"{path}: {what}; expected a JSON object with fields of PretrainConfig")
+    except (ValueError, TypeError) as error:
+        what = str(error)
+    raise BadInput(f"{origin}: {what}; expected a JSON object with fields of PretrainConfig")
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ CASES = [
     Case("ddim", "sd15", 0.8, 0.06),
     Case("euler", "sd15", 0.8, 0.06),
     Case("euler", "edm", 0.8, 0.1),
+    Case("euler", "flow", 0.8, 0.06),
     Case("heun", "sd15", 1.8, 0.0025),
     Case("heun", "sd15, karras", 1.8, 0.004),
     Case("heun", "sd15, karras, v", 1.8, 0.004),
@@ -225,7 +226,7 @@ def test_every_sampler_is_built_for_every_path_it_names_and_refused_on_any_other
         (
             "ddpm",
             FLOW,
-            "'ddpm', .* predicts 'flow_prediction' on a rectified-flow path, expected auto, dpmsolver",
+            "'ddpm', .* predicts 'flow_prediction' on a rectified-flow path, expected auto, euler, dpmsolver",
         ),
         (
             "flow_heun",

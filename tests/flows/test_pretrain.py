@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from components.families.bases import EMBEDDED
+from components.storage import sha256_of
 from tests.conftest import Served
 from tests.emoji import EMOJI, MORE, write_packages
 from tests.flows.conftest import safelight
@@ -31,6 +33,23 @@ def test_pre_training_ends_in_a_pipeline_with_its_figures_in_mlflow(served: Serv
     assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["emoji@1"]
     pictures = {entry.path for entry in MlflowClient(served.urls.mlflow_url).list_artifacts(run.info.run_id)}
     assert {"grid.png", "curves.png", "figures.json"} <= pictures
+
+
+@pytest.mark.services
+def test_another_objective_on_the_shipped_autoencoder_trains_the_denoiser_alone(served: Served, tmp_path: Path):
+    packages = write_packages(tmp_path / "node_modules", EMOJI | MORE)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    words = ("pretrain", "--node-modules", str(packages), "--out", str(tmp_path / "out"), "--objective", "v")
+    options = ("--autoencoder", str(EMBEDDED), "--config", str(tmp_path / "tiny.json"))
+    pipeline = Path(safelight(served, *words, *options)["pipeline"])
+    assert not (tmp_path / "out/vae").exists()
+    assert sha256_of(pipeline / "vae/diffusion_pytorch_model.safetensors") == sha256_of(
+        EMBEDDED / "vae/diffusion_pytorch_model.safetensors"
+    )
+    scheduler = json.loads((pipeline / "scheduler/scheduler_config.json").read_text())
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    refused = safelight(served, *words[:-2], "--start", str(pipeline), "--config", str(tmp_path / "tiny.json"), code=2)
+    assert "objective 'flow' asks for 'flow_prediction' on a rectified-flow path" in refused["error"]
 
 
 @pytest.mark.services
