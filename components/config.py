@@ -56,6 +56,10 @@ class BaseModelConfig(Config):
     )
 
 
+ADAM_LIKE = ("adamw", "adamw8bit", "prodigy", "adamwschedulefree")  # optimizers that take Adam's betas
+PRODIGY_MIN_RATE = 0.1  # below this factor it learns next to nothing; its authors recommend 1
+
+
 class TrainingConfig(Config):
     adapter: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
     rank: int = Field(default=16, ge=1, description="LoRA rank r; the update is scaled by lora_alpha / r.")
@@ -65,10 +69,12 @@ class TrainingConfig(Config):
         default="attention-mlp", description="Layers that take an adapter; all: convolutions too."
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
-    optimizer: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta1.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW beta2.")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "adamwschedulefree", "lion", "muon"] = Field(
+        default="adamw", description="Optimizer; adamw8bit: on a GPU only; prodigy: with learning_rate 1.0."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay, times the learning rate.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="beta1 of the optimizers that build on Adam.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Their beta2.")
     lr_scheduler: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="Shape after the warm-up."
     )
@@ -142,6 +148,28 @@ class TrainingConfig(Config):
         if self.lr_warmup_steps > self.max_train_steps:
             raise ValueError(
                 f"lr_warmup_steps {self.lr_warmup_steps} is more than max_train_steps {self.max_train_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_settings_agree(self) -> Self:
+        """Betas that nobody reads, a rate that Prodigy would multiply its own by, a schedule for the schedule-free."""
+        for key in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, key)
+            if self.optimizer not in ADAM_LIKE and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {value}, but optimizer {self.optimizer!r} has its own; leave it out or choose "
+                    + ", ".join(ADAM_LIKE)
+                )
+        if self.optimizer == "prodigy" and self.learning_rate < PRODIGY_MIN_RATE:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, but prodigy finds the rate itself and takes this as a factor,"
+                " expected 1.0"
+            )
+        if self.optimizer == "adamwschedulefree" and self.lr_scheduler != "constant":
+            raise ValueError(
+                f"lr_scheduler is {self.lr_scheduler!r}, but optimizer 'adamwschedulefree' averages where others decay,"
+                " expected 'constant' (a warm-up is fine)"
             )
         return self
 

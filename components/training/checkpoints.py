@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -92,21 +91,45 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's per-parameter state as flat named tensors, "<parameter index>.<key>".
+    """The tensors of the optimizer's per-parameter state, flat: "<parameter index>.<key>"."""
+    return {name: value for name, value in _states(optimizer).items() if isinstance(value, Tensor)}
 
-    Hyperparameters stay out: the caller builds the optimizer from its configuration before restoring.
+
+def optimizer_numbers(optimizer: Optimizer) -> dict[str, Any]:
+    """What the optimizer holds beside tensors, as JSON: counts in its states, and what it has moved in its groups.
+
+    Moved means away from the optimizer's defaults: Prodigy's estimate d, schedule-free's sum of weights. Learning rates
+    stay out, the loop sets them; so do hyperparameters: the caller builds the optimizer before restoring it.
     """
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": torch.as_tensor(value) for i, entry in state.items() for key, value in entry.items()}
+    return {
+        "states": {name: value for name, value in _states(optimizer).items() if not isinstance(value, Tensor)},
+        "groups": [
+            {
+                key: value
+                for key, value in group.items()
+                if key != "lr" and isinstance(value, bool | int | float) and value != optimizer.defaults.get(key)
+            }
+            for group in optimizer.param_groups
+        ],
+    }
 
 
-def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took, into an optimizer over the same parameters in the same order."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+def restore_optimizer(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any] | None = None
+) -> None:
+    """Put back what `optimizer_tensors` and `optimizer_numbers` took, over the same parameters in the same order."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *(numbers["states"].items() if numbers else ())]:
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, moved in zip(optimizer.param_groups, numbers["groups"] if numbers else (), strict=bool(numbers)):
+        group.update(moved)
+
+
+def _states(optimizer: Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:

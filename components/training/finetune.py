@@ -36,8 +36,15 @@ from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
 from components.tensors import default_device, to_safetensors
 from components.training.adapters import adapter_bytes, add_adapter
-from components.training.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from components.training.checkpoints import (
+    newest_checkpoint,
+    optimizer_numbers,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
 from components.training.loop import StepReport, fit
+from components.training.optimizers import OPTIMIZERS, averaged
 from components.training.order import batches_from
 from components.training.schedules import learning_rate_at
 from components.training.validation import log_mean_ratio, validation_losses
@@ -162,13 +169,7 @@ class _FineTuning:
         self.objective = objective_of(base, training)
         self.denoiser = self.family.load_denoiser(base.path, self.device)
         self.parameters = add_adapter(self.denoiser, self.family, training)
-        self.optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self.parameters],
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            betas=(training.adam_beta1, training.adam_beta2),
-            fused=True,
-        )
+        self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
         self.null = train.prompts([caption_item(NULL_PROMPT).key])
         self.preview_prompts = choose_prompts(held_out_rows, training.preview_prompts) if held_out_rows else []
         self.log: list[dict[str, Any]] = []
@@ -263,7 +264,8 @@ class _FineTuning:
         if step not in self.adapters and (
             step % self.training.checkpointing_steps == 0 or step == self.training.max_train_steps
         ):
-            self._publish(step)
+            with averaged(self.optimizer):
+                self._publish(step)
         save_checkpoint(
             self.work_dir,
             step,
@@ -273,6 +275,7 @@ class _FineTuning:
                 "losses": self.losses,
             },
             {
+                "optimizer": optimizer_numbers(self.optimizer),
                 "log": self.log,
                 "adapters": {str(s): [ref.sha256, ref.bytes] for s, ref in self.adapters.items()},
                 "previews": {name: [ref.sha256, ref.bytes] for name, ref in self.previews.items()},
@@ -303,7 +306,7 @@ class _FineTuning:
         with torch.no_grad():
             for name, parameter in self.parameters:
                 parameter.copy_(checkpoint.tensors["parameters"][name])
-        restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
+        restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.facts["optimizer"])
         self.losses, self.log = checkpoint.tensors.get("losses", {}), checkpoint.facts["log"]
         self.adapters = {int(step): ObjectRef(*ref) for step, ref in checkpoint.facts["adapters"].items()}
         self.previews = {name: ObjectRef(*ref) for name, ref in checkpoint.facts["previews"].items()}

@@ -1,10 +1,19 @@
-"""Optimizers: AdamW from torch, and Muon for matrices and convolution kernels."""
+"""Optimizers by name, from torch and from their authors' packages, and Muon for matrices and convolution kernels."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from lion_pytorch import Lion
+from prodigyopt import Prodigy
+from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from components.config import TrainingConfig
+from components.errors import BadInput
+
+Named = Sequence[tuple[str, nn.Parameter]]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0, Jordan et al. 2024, "Muon"
 RMS_OF_ADAMW = (
@@ -89,11 +98,109 @@ class Muon(Optimizer):
         parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
 
 
-def muon_for(parameters: Mapping[str, nn.Parameter], learning_rate: float, *, exclude: Sequence[str]) -> Muon:
+def muon_for(
+    parameters: Mapping[str, nn.Parameter],
+    learning_rate: float,
+    *,
+    exclude: Sequence[str] = (),
+    weight_decay: float = 0.0,
+) -> Muon:
     """Muon on matrices and kernels; AdamW on vectors, and on parameters whose name contains one of `exclude`."""
     matrices = {n for n, p in parameters.items() if p.ndim > 1 and not any(part in n for part in exclude)}
     return Muon(
         [p for n, p in parameters.items() if n in matrices],
         [p for n, p in parameters.items() if n not in matrices],
         learning_rate,
+        weight_decay=weight_decay,
     )
+
+
+def _adamw(parameters: Named, training: TrainingConfig) -> Optimizer:
+    return torch.optim.AdamW(_tensors(parameters), fused=True, **_adam_settings(training))
+
+
+def _adamw8bit(parameters: Named, training: TrainingConfig) -> Optimizer:
+    """Moments in 8 bits, quantised in blocks. Raises BadInput without a CUDA device or without its library."""
+    if any(not parameter.is_cuda for _, parameter in parameters):
+        raise BadInput(
+            "training.optimizer is 'adamw8bit', whose 8-bit states need a CUDA GPU, and this training is on the CPU;"
+            " choose 'adamw', or 'adafactor' to save memory"
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise BadInput(
+            f"training.optimizer 'adamw8bit' needs bitsandbytes ({error}); install safelight with its extra `gpu`"
+        ) from None
+    return AdamW8bit(_tensors(parameters), **_adam_settings(training))
+
+
+def _adafactor(parameters: Named, training: TrainingConfig) -> Optimizer:
+    """Steps are relative to the size of the weights: min(learning_rate, 1 / sqrt(t)) * max(1e-3, RMS(weights))."""
+    return torch.optim.Adafactor(
+        _tensors(parameters), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=False
+    )
+
+
+def _prodigy(parameters: Named, training: TrainingConfig) -> Optimizer:
+    """With the settings that its authors recommend for diffusion models; `learning_rate` scales the rate it finds."""
+    return Prodigy(_tensors(parameters), use_bias_correction=True, safeguard_warmup=True, **_adam_settings(training))
+
+
+def _adamw_schedule_free(parameters: Named, training: TrainingConfig) -> Optimizer:
+    """In training mode: its parameters are where gradients are taken; `averaged` shows the weights to use."""
+    optimizer = AdamWScheduleFree(_tensors(parameters), foreach=False, **_adam_settings(training))
+    optimizer.train()
+    return optimizer
+
+
+def _lion(parameters: Named, training: TrainingConfig) -> Optimizer:
+    return Lion(_tensors(parameters), lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _muon(parameters: Named, training: TrainingConfig) -> Optimizer:
+    return muon_for(dict(parameters), training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _tensors(parameters: Named) -> list[nn.Parameter]:
+    return [parameter for _, parameter in parameters]
+
+
+def _adam_settings(training: TrainingConfig) -> dict:
+    return {
+        "lr": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "betas": (training.adam_beta1, training.adam_beta2),
+    }
+
+
+OPTIMIZERS: dict[str, Callable[[Named, TrainingConfig], Optimizer]] = {  # training.optimizer -> its builder
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+    "adamwschedulefree": _adamw_schedule_free,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+@contextmanager
+def averaged(optimizer: Optimizer) -> Iterator[None]:
+    """Within the block the parameters are those to validate and publish: schedule-free's average, else as they are.
+
+    Afterwards they are back to the bit, which the optimizer's own switch, an interpolation there and back, is not.
+    """
+    if not isinstance(optimizer, AdamWScheduleFree):
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    live = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, live, strict=True):
+                parameter.copy_(value)

@@ -9,6 +9,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load
 
 from components.errors import BaseModelError, Stopped, TrainingDiverged
+from components.training import finetune
+from components.training.checkpoints import MANIFEST_NAME, save_checkpoint
 from tests.chain import Chain
 
 
@@ -26,22 +28,89 @@ def outputs(chain: Chain, product) -> dict[str, str]:
     return {name: ref.sha256 for name, ref in product.outputs.items()}
 
 
+STATES = ("training.max_train_steps=7", "training.checkpointing_steps=3", "training.preview_prompts=0")
+
+
+class PowerCut(list):
+    """Events of a training that is cut off without warning when it reports its step `after`."""
+
+    def __init__(self, after: int):
+        super().__init__()
+        self.after = after
+
+    def append(self, event: dict) -> None:
+        super().append(event)
+        if "loss" in event and event["step"] == self.after:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("settings", "changes"),
     [
-        (),
-        ("training.gradient_accumulation_steps=2",),
-        ("training.lora_dropout=0.2",),
-        ("training.train_batch_size=50",),  # every batch crosses an epoch's end
+        (FAST, ()),
+        (FAST, ("training.gradient_accumulation_steps=2",)),
+        (FAST, ("training.lora_dropout=0.2",)),
+        (FAST, ("training.train_batch_size=50",)),  # every batch crosses an epoch's end
+        (STATES, ("training.optimizer=adafactor", "training.gradient_accumulation_steps=2")),
+        (STATES, ("training.optimizer=prodigy", "training.learning_rate=1.0")),
+        (STATES, ("training.optimizer=adamwschedulefree", "training.lr_warmup_steps=4")),
+        (STATES, ("training.optimizer=lion", "training.train_batch_size=50")),
+        (STATES, ("training.optimizer=muon", "training.targets=all")),
     ],
 )
-def test_a_training_stopped_twice_ends_with_the_bytes_of_an_unbroken_one(chain: Chain, changes: tuple[str, ...]):
-    recipe = chain.recipe(*FAST, *changes)
+def test_a_training_stopped_and_cut_off_ends_with_the_bytes_of_an_unbroken_one(
+    chain: Chain, settings: tuple[str, ...], changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    """Bytes of adapters, log, validation and previews, and of everything in the last checkpoint."""
+    manifests = []
+
+    def save_and_note(*arguments) -> Path:
+        manifests.append((save_checkpoint(*arguments) / MANIFEST_NAME).read_text())
+        return Path()
+
+    monkeypatch.setattr(finetune, "save_checkpoint", save_and_note)
+    recipe = chain.recipe(*settings, *changes)
     unbroken = outputs(chain, chain.fine_tune(recipe, work="unbroken"))
-    for stop in (3, 5):
-        with pytest.raises(Stopped, match="run the same command to continue"):
-            chain.fine_tune(recipe, work="broken", stop_after=stop)
+    last = manifests[-1]
+    with pytest.raises(Stopped, match="run the same command to continue"):
+        chain.fine_tune(recipe, work="broken", stop_after=2)
+    with pytest.raises(KeyboardInterrupt):  # after the first checkpoint of its interval, in the middle of the next
+        chain.fine_tune(recipe, work="broken", events=PowerCut(5))
     assert outputs(chain, chain.fine_tune(recipe, work="broken")) == unbroken
+    assert manifests[-1] == last
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "learning_rate"),
+    [("adafactor", 1.0), ("prodigy", 1.0), ("adamwschedulefree", 3e-3), ("lion", 1e-3), ("muon", 1e-2)],
+)
+def test_every_optimizer_lowers_the_held_out_loss(chain: Chain, optimizer: str, learning_rate: float):
+    product = chain.fine_tune(
+        chain.recipe(
+            "training.preview_prompts=0",
+            "training.max_train_steps=30",
+            "training.checkpointing_steps=30",
+            f"training.optimizer={optimizer}",
+            f"training.learning_rate={learning_rate}",
+        ),
+        work=optimizer,
+    )
+    assert [line["validation_ratio"] < 1 for line in product.facts["validation"]] == [True]
+
+
+def test_schedule_free_validates_and_publishes_its_averaged_weights(chain: Chain, monkeypatch: pytest.MonkeyPatch):
+    """x = (y - (1 - beta) z) / beta, from what the last checkpoint holds."""
+    kept = {}
+    monkeypatch.setattr(finetune, "save_checkpoint", lambda _, step, tensors, facts: kept.update({step: tensors}))
+    product = chain.fine_tune(
+        chain.recipe(*STATES, "training.optimizer=adamwschedulefree", "training.learning_rate=1e-2"), work="averaged"
+    )
+    published = load(chain.bench.store.read(product.outputs["adapter"].sha256))
+    tensors = kept[7]
+    for index, (name, y) in enumerate(tensors["parameters"].items()):
+        x = (y - 0.1 * tensors["optimizer"][f"{index}.z"]) / 0.9
+        torch.testing.assert_close(published["unet." + name.replace(".default", "")], x)
+        assert not torch.equal(x, y)
 
 
 def test_training_lowers_the_held_out_loss_and_says_so_at_every_checkpoint(chain: Chain):
