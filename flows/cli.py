@@ -50,6 +50,10 @@ app = typer.Typer(
 )
 
 
+studies = typer.Typer(no_args_is_help=True, help="Measure choices on your own data and bases.")
+app.add_typer(studies, name="study")
+
+
 class Layout(StrEnum):
     DIFFUSERS = "diffusers"
     KOHYA = "kohya"
@@ -516,6 +520,60 @@ def pretrain(
             {"schema": SCHEMA, "status": "completed"} | document,
             lambda: reporter.say(f"{document['pipeline']}\n{json.dumps(document['figures'], indent=2)}"),
         )
+
+
+@studies.command()
+def samplers(
+    recipe: RecipePath,
+    *,
+    data: DataFolder = None,
+    overrides: Overrides = None,
+    base: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="Compare these bases; default: the recipe's.")
+    ] = None,
+    sampler: Annotated[list[str] | None, typer.Option(help="Only these; default: all that suit a base.")] = None,
+    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "2,5,10,20,50",
+    guidance: Annotated[str, typer.Option(help="Guidance scales, drawn with the base's own sampler.")] = "1,2,4,8",
+    out: Annotated[Path, typer.Option(help="Where the figure goes.")] = Path("samplers.png"),
+    as_json: AsJson = False,
+) -> None:
+    """KID and prompt match of every sampler at every number of steps, and what guidance buys, as one figure."""
+    with _reporter(as_json) as reporter:
+        from components.config import BaseModelConfig
+        from components.storage import atomic_write
+
+        settings = _read_recipe(recipe, overrides, data)
+        bases = {name: BaseModelConfig.model_validate({"model": model}) for name, model in map(_named, base or ())}
+        plan = {"steps": _numbers("--steps", steps, int), "guidance": _numbers("--guidance", guidance, float)}
+        plan |= {"samplers": sampler} if sampler else {}
+        _require_inputs(settings)
+        _serve(_open_bench(), reporter)
+        from flows import study
+
+        document = study.study_recipe(settings, bases or {"base": settings.base}, plan, reporter.event)
+        with atomic_write(out) as file:
+            file.write(Path(document["figure"]).read_bytes())
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed"} | document | {"figure": str(out)},
+            lambda: study.show(reporter, document, out),
+        )
+
+
+def _named(option: str) -> tuple[str, str]:
+    name, found, model = option.partition("=")
+    if not (found and name and model):
+        raise BadInput(f"--base {option!r}: expected NAME=MODEL, for example flow=out/pipeline")
+    return name, model
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        numbers = [kind(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise BadInput(f"{option} {text!r}: expected numbers of at least 1 with commas between, for example 5,10,20")
+    return numbers
 
 
 # what the commands share ------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ _listeners: list[OnEvent] = []
 @flow(name="retrain", flow_run_name="{recipe.name}", persist_result=False, validate_parameters=True)
 def retrain(recipe: Recipe, upto: UpTo = "register", run_uid: str | None = None) -> dict[str, Any]:
     """Curate a dataset, cache its latents, fit a LoRA adapter, score its samples, register it. Returns the run card."""
-    with _opened(recipe, run_uid) as run:
+    with opened(recipe, run_uid) as run:
         snapshot = curate(run.run_uid)
         if reaches(upto, "cache"):
             cache_latents(run.run_uid, snapshot)
@@ -89,14 +89,14 @@ def cache_latents(run_uid: str, snapshot: str) -> str:
     run = _open[run_uid]
     size = training_size(run.base, run.recipe.training)
     key = cache_key(snapshot, run.base, size)
-    return _on_the_gpu(run, "cache", key, {"snapshot": snapshot, "resolution": size}).key
+    return on_the_gpu(run, "cache", key, {"snapshot": snapshot, "resolution": size}).key
 
 
 @task(name="fine-tune", cache_policy=NO_CACHE, persist_result=False)
 def fit_adapter(run_uid: str, snapshot: str) -> str:
     """The fine-tuning's stage key."""
     run = _open[run_uid]
-    result = _on_the_gpu(
+    result = on_the_gpu(
         run,
         "fine-tune",
         fine_tune_key(run.recipe, run.base, snapshot),
@@ -135,7 +135,7 @@ def evaluate(run_uid: str, snapshot: str) -> str:
         adapter_sha256=trained.facts["sha256"],
         champion_sha256=champion.adapter_sha256 if champion else None,
     )
-    result = _on_the_gpu(
+    result = on_the_gpu(
         run,
         "evaluate",
         key,
@@ -208,7 +208,7 @@ def register(run_uid: str, evaluation: str) -> str:
 # what the steps share ---------------------------------------------------------------------------------------------
 
 
-def _on_the_gpu(run: OpenRun, stage: UpTo, key: str, request: dict[str, Any]) -> StageResult:
+def on_the_gpu(run: OpenRun, stage: str, key: str, request: dict[str, Any]) -> StageResult:
     """A stage of the torch child; the host's one slot is held while it works."""
 
     def produce() -> Product:
@@ -382,9 +382,10 @@ def run_card(run: OpenRun) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(recipe: Recipe, run_uid: str | None) -> Iterator[OpenRun]:
+def opened(recipe: Recipe, run_uid: str | None, kind: str = "retrain") -> Iterator[OpenRun]:
+    """A run of this flow run, known to the steps by its uid for the length of the block."""
     tags = {"prefect.flow_run_id": str(flow_run.id)} if flow_run.id else {}
-    with stopping_on_sigterm(), open_run(recipe, run_uid=run_uid, kind="retrain", on_event=_notify, tags=tags) as run:
+    with stopping_on_sigterm(), open_run(recipe, run_uid=run_uid, kind=kind, on_event=_notify, tags=tags) as run:
         runs.update_run(run.bench.catalog, run.run_uid, prefect_flow_run_id=flow_run.id or None)
         _open[run.run_uid] = run
         try:
@@ -402,12 +403,19 @@ def retrain_recipe(
     recipe: Recipe, *, upto: UpTo = "register", run_uid: str | None = None, on_event: OnEvent | None = None
 ) -> dict[str, Any]:
     """Run the flow in this process, with Prefect and MLflow up, and return the run card."""
+    with served(on_event):
+        return retrain(recipe, upto=upto, run_uid=run_uid)
+
+
+@contextmanager
+def served(on_event: OnEvent | None) -> Iterator[None]:
+    """Prefect and MLflow up, and a flow's events relayed, for the length of the block."""
     workspace = Workspace.from_environment().create()
     services.adopt_environment(workspace, services.ensure_up(workspace))
     listeners = [on_event] if on_event else []
     _listeners.extend(listeners)
     try:
-        return retrain(recipe, upto=upto, run_uid=run_uid)
+        yield
     except TransportError as error:
         raise _prefect_away(error) from error
     finally:

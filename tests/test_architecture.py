@@ -25,6 +25,7 @@ ENTRIES = {
     "generate": "components.evaluation.generation",
     "evaluate": "components.evaluation.evaluate",
     "register": "components.training.export",
+    "study": "components.evaluation.study",
 }
 PLUMBING = {
     "catalog",

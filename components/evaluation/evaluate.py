@@ -15,20 +15,17 @@ from sqlalchemy import select
 from components.catalog.database import Catalog
 from components.catalog.models import Evaluation, Generation
 from components.config import EvaluationConfig, PromotionConfig
-from components.curation.pixels import decode
 from components.curation.snapshots import SampleRow
 from components.evaluation import intervals, metrics
 from components.evaluation.embedders import Embedder, load_embedder
-from components.evaluation.feature_cache import features_of
+from components.evaluation.feature_cache import EmbeddedSamples, features_of_gallery, open_drawn
 from components.evaluation.gate import Comparison, Evidence, decide, gate_rules
 from components.evaluation.generation import Picture, Request, Settings, draw_gallery
 from components.evaluation.intervals import Interval
 from components.evaluation.palette import asked_colour, background, nearest_colour
-from components.evaluation.prompts import gallery_requests
+from components.evaluation.prompts import gallery_requests, turn_of
 from components.evaluation.sheet import contact_sheet
 from components.families.bases import BaseModel
-from components.latents.buckets import fit
-from components.latents.keys import Item, sample_item, training_buckets
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
 
@@ -92,9 +89,9 @@ def evaluate(
         for c in contenders
     }
     embedder = load_embedder(config.embedder)
-    references = _Pictures(bench, embedder, [row for row in rows if row.split == "test"], base, resolution)
-    training = _Pictures(bench, embedder, [row for row in rows if row.split == "train"], base, resolution)
-    main = [i for i, request in enumerate(requests) if _turn(request, config) < config.seeds_per_prompt]
+    references = EmbeddedSamples(bench, embedder, [row for row in rows if row.split == "test"], base, resolution)
+    training = EmbeddedSamples(bench, embedder, [row for row in rows if row.split == "train"], base, resolution)
+    main = [i for i, request in enumerate(requests) if turn_of(request, config) < config.seeds_per_prompt]
     scores = {
         role: _score(bench, embedder, pictures, main, config, references, training)
         for role, pictures in galleries.items()
@@ -145,44 +142,18 @@ def evaluation_fingerprint(
     return hashlib.sha256(canonical_json(body)).hexdigest()[:32]
 
 
-class _Pictures:
-    """Samples of a split with their features, concepts and pixels at training size."""
-
-    def __init__(self, bench: Bench, embedder: Embedder, rows: Sequence[SampleRow], base: BaseModel, resolution: int):
-        self.rows = list(rows)
-        sizes = training_buckets(base, resolution)
-        items = [sample_item(row, sizes) for row in self.rows]
-
-        def open_image(item: Item) -> Image.Image:
-            assert item.bucket is not None
-            return fit(decode(bench.store.read(item.bytes_sha256)), item.bucket)
-
-        self.features = features_of(bench, embedder, items, open_image, lambda _: None)
-        self.concepts = [row.group or row.text for row in self.rows]
-
-
-def _turn(request: Request, config: EvaluationConfig) -> int:
-    from components.evaluation.prompts import SEEDS_APART
-
-    return request.seed - config.seed - request.prompt_index * SEEDS_APART
-
-
 def _score(
     bench: Bench,
     embedder: Embedder,
     pictures: Sequence[Picture],
     main: Sequence[int],
     config: EvaluationConfig,
-    references: _Pictures,
-    training: _Pictures,
+    references: EmbeddedSamples,
+    training: EmbeddedSamples,
 ) -> Scores:
-    def open_image(item: Item) -> Image.Image:
-        return Image.open(io.BytesIO(bench.store.read(item.bytes_sha256))).convert("RGB")
-
-    items = [Item(picture.sha256, picture.sha256) for picture in pictures]
-    everything = features_of(bench, embedder, items, open_image, lambda _: None)
+    everything = features_of_gallery(bench, embedder, pictures)
     features = everything[list(main)]
-    concepts = [pictures[i].request.group or pictures[i].request.prompt for i in main]
+    concepts = [pictures[i].request.concept for i in main]
     rank = metrics.retrieval_rank(features, references.features, concepts, references.concepts)
     nearest, nearest_row = metrics.nearest(features, training.features)
     repeated = [i for i, p in enumerate(pictures) if p.request.prompt_index < config.variety_prompts]
@@ -192,7 +163,9 @@ def _score(
         else {}
     )
     palette = {word: _rgb(value) for word, value in config.palette.items()}
-    colour = np.array([_colour_right(open_image(items[i]), pictures[i].request.prompt, palette) for i in main])
+    colour = np.array(
+        [_colour_right(open_drawn(bench, pictures[i]), pictures[i].request.prompt, palette) for i in main]
+    )
     return Scores(
         features, rank, metrics.style_similarity(features, references.features), nearest, nearest_row, colour, by_prompt
     )
@@ -213,12 +186,12 @@ def _compare(
     scores: dict[str, Scores],
     requests: Sequence[Request],
     config: EvaluationConfig,
-    references: _Pictures,
-    training: _Pictures,
+    references: EmbeddedSamples,
+    training: EmbeddedSamples,
     fingerprint: str,
 ) -> tuple[dict[str, Any], Evidence]:
     """The metrics document of the run card, and what the gate looks at."""
-    clusters = [request.group or request.prompt for request in requests]
+    clusters = [request.concept for request in requests]
     rival = "champion" if "champion" in scores else "base"
     document: dict[str, Any] = {}
     primary: dict[str, Comparison] = {}

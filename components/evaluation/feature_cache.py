@@ -1,5 +1,6 @@
 """Image features, embedded once per picture and embedder: the latent cache's way of keeping things, for metrics."""
 
+import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -7,9 +8,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from components.curation.pixels import decode
+from components.curation.snapshots import SampleRow
 from components.evaluation.embedders import Embedder
+from components.evaluation.generation import Picture
+from components.families.bases import BaseModel
+from components.latents.buckets import fit
 from components.latents.encoding import ShardReader, Tensors, encode_missing, locate
-from components.latents.keys import Item
+from components.latents.keys import Item, sample_item, training_buckets
 from components.stages import Bench
 
 
@@ -31,3 +37,31 @@ def features_of(
     encode_missing(bench, encoder, items, encode, on_progress)
     keys = [item.key for item in items]
     return ShardReader(bench.store, locate(bench.catalog, encoder, keys))(keys)["features"].numpy()
+
+
+def features_of_gallery(bench: Bench, embedder: Embedder, pictures: Sequence[Picture]) -> NDArray[np.float32]:
+    """(n, dim) features of drawn pictures, in their order."""
+    drawn = {picture.sha256: picture for picture in pictures}
+    items = [Item(picture.sha256, picture.sha256) for picture in pictures]
+    return features_of(bench, embedder, items, lambda item: open_drawn(bench, drawn[item.bytes_sha256]), lambda _: None)
+
+
+def open_drawn(bench: Bench, picture: Picture) -> Image.Image:
+    """A drawn picture's pixels, RGB."""
+    return Image.open(io.BytesIO(bench.store.read(picture.sha256))).convert("RGB")
+
+
+class EmbeddedSamples:
+    """Samples of a split with the features of their pixels at training size, and their concepts."""
+
+    def __init__(self, bench: Bench, embedder: Embedder, rows: Sequence[SampleRow], base: BaseModel, resolution: int):
+        self.rows = list(rows)
+        sizes = training_buckets(base, resolution)
+        items = [sample_item(row, sizes) for row in self.rows]
+
+        def open_image(item: Item) -> Image.Image:
+            assert item.bucket is not None
+            return fit(decode(bench.store.read(item.bytes_sha256)), item.bucket)
+
+        self.features = features_of(bench, embedder, items, open_image, lambda _: None)
+        self.concepts = [row.group or row.text for row in self.rows]

@@ -34,6 +34,11 @@ class Request:
     group: str | None  # the held-out concept that the prompt asks for
     seed: int
 
+    @property
+    def concept(self) -> str:
+        """What pictures are grouped by: the concept, else the prompt itself."""
+        return self.group or self.prompt
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

@@ -39,5 +39,10 @@ def gallery_requests(rows: Sequence[SampleRow], config: EvaluationConfig) -> lis
     return [Request(index, *prompts[index], seed=config.seed + index * SEEDS_APART + turn) for index, turn in places]
 
 
+def turn_of(request: Request, config: EvaluationConfig) -> int:
+    """Which of its prompt's seeds a request has, counted from 0."""
+    return request.seed - config.seed - request.prompt_index * SEEDS_APART
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

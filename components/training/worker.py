@@ -166,6 +166,23 @@ def _generate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     )
 
 
+def _study(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.curation.snapshots import read_manifest
+    from components.evaluation.study import StudyPlan, study_samplers
+    from components.families.bases import resolve_base
+
+    return study_samplers(
+        bench,
+        read_manifest(bench.store, request["snapshot"]),
+        {name: resolve_base(BaseModelConfig(**base)) for name, base in request["bases"].items()},
+        StudyPlan(**{name: tuple(v) if isinstance(v, list) else v for name, v in request["plan"].items()}),
+        EvaluationConfig(**request["evaluation"]),
+        request["resolution"],
+        run_uid=request["run_uid"],
+        on_progress=_progress(emit),
+    )
+
+
 def _export(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.training.export import export_adapter
 
@@ -179,6 +196,7 @@ STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "export": _export,
+    "study": _study,
 }
 
 if __name__ == "__main__":
