@@ -130,7 +130,11 @@ def study_samplers(
         drawn = draw_gallery(bench, base, None, requests, settings, run_uid=run_uid, on_progress=advance)
         features = features_of_gallery(bench, embedder, drawn)
         points.append(_score(cell, base, requests, features, references[cell.base], config))
-    document = {"points": [_plain(point) for point in points], "arrivals": arrivals(points), "plan": json.loads(canonical_json(asdict(plan)))}
+    document = {
+        "points": [_plain(point) for point in points],
+        "arrivals": arrivals(points),
+        "plan": json.loads(canonical_json(asdict(plan))),  # as it comes back from the store
+    }
     return Product(
         {"points": bench.store.put(canonical_json(document)), "figure": bench.store.put(figure_of(points))},
         document,
