@@ -12,7 +12,6 @@ from components.config import TrainingConfig
 
 Density = Callable[[Tensor], Tensor]  # uniform (B,) in (0, 1) -> t (B,) in (0, 1), rising
 Shift = Callable[[Sequence[int]], float]  # shape (B, C, H, W) of the latents -> factor
-PATCH = 2  # latents on a side of one token, in FLUX.1 and in SD3
 
 
 def uniform(u: Tensor) -> Tensor:
@@ -81,6 +80,7 @@ def constant_shift(shape: Sequence[int], *, shift: float = 1.0) -> float:
 def dynamic_shift(
     shape: Sequence[int],
     *,
+    patch: int = 2,
     base_shift: float = 0.5,
     max_shift: float = 1.15,
     base_image_seq_len: int = 256,
@@ -89,25 +89,25 @@ def dynamic_shift(
 ) -> float:
     """FLUX.1's shift: mu grows with the tokens in a line through two points, and the shift is exp(mu).
 
-    `shape` (B, C, H, W) of the latents, of which 2 x 2 are a token; names and defaults are those of diffusers'
+    `shape` (B, C, H, W) of the latents, of which patch x patch are a token; names and defaults are those of diffusers'
     FlowMatchEulerDiscreteScheduler. `time_shift_type` "linear" takes mu itself for the shift.
     Raises: ValueError for another type.
     """
     if time_shift_type not in ("exponential", "linear"):
         raise ValueError(f"time_shift_type is {time_shift_type!r}, expected exponential or linear")
-    tokens = (shape[-2] // PATCH) * (shape[-1] // PATCH)
+    tokens = (shape[-2] // patch) * (shape[-1] // patch)
     slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
     mu = base_shift + slope * (tokens - base_image_seq_len)
     return math.exp(mu) if time_shift_type == "exponential" else mu
 
 
-def shift_of(training: TrainingConfig, config: Mapping[str, Any]) -> Shift:
+def shift_of(training: TrainingConfig, config: Mapping[str, Any], patch: int = 2) -> Shift:
     """The recipe's shift; a dynamic one takes its numbers from the base's diffusers scheduler config."""
     if not training.use_dynamic_shifting:
         shift = training.discrete_flow_shift
         return constant_shift if shift == 1 else partial(constant_shift, shift=shift)
     keys = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
-    return partial(dynamic_shift, **{key: config[key] for key in keys if config.get(key) is not None})
+    return partial(dynamic_shift, patch=patch, **{key: config[key] for key in keys if config.get(key) is not None})
 
 
 def stratified(u: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from components.config import EvaluationConfig
 from components.diffusion.samplers import sampler_from_scheduler
+from components.families import FAMILIES
 from components.families.bases import BaseModel
 from components.stages import Bench, Product, ensure, stage_key
 from components.storage import Store
@@ -113,11 +114,12 @@ def draw_gallery(
 
 
 def open_pipeline(store: Store, base: BaseModel, adapter_sha256: str | None, scheduler: str) -> Any:
-    """The stock pipeline of a base, in float32, with an adapter of the store loaded the stock way.
+    """The stock pipeline of a base, in its family's precision, with an adapter of the store loaded the stock way.
 
     Raises: BaseModelError when `scheduler` names a sampler that is not for the base's path or prediction.
     """
-    pipeline = base.architecture.load_pipeline(base.path, default_device(), torch.float32)
+    family, device = base.architecture, default_device()
+    pipeline = family.load_pipeline(base.path, device, family.dtype(device))
     if scheduler != "auto":
         pipeline.scheduler = sampler_from_scheduler(scheduler, pipeline.scheduler.config)
     if adapter_sha256 is not None:
@@ -134,9 +136,9 @@ def draw_batch(pipeline: Any, requests: Sequence[Request], settings: Settings) -
         prompt=[request.prompt for request in padded],
         generator=[torch.Generator("cpu").manual_seed(request.seed) for request in padded],
         num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
         height=settings.side,
         width=settings.side,
+        **FAMILIES[type(pipeline).__name__].generation_options(pipeline, settings.guidance_scale),
     ).images
     return images[: len(requests)]
 

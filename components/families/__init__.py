@@ -4,5 +4,8 @@ from components.families.family import Family
 from components.families.stable_diffusion import StableDiffusion
 
 FAMILIES: dict[str, Family] = {  # by the class name in model_index.json
-    "StableDiffusionPipeline": StableDiffusion(),
+    family.pipeline: family
+    for family in (
+        StableDiffusion(),
+    )
 }

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from components.config import BaseModelConfig
 from components.errors import BaseModelError
 from components.families import FAMILIES
 from components.families.family import Family
+from components.families.hub import fetch_pipeline, read_json
 from components.stages import canonical_json
 from components.storage import sha256_of
 
@@ -19,7 +20,7 @@ EMBEDDED = Path(__file__).parents[1] / "base" / "embedded"
 HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 IGNORED = (".md", ".png", ".jpg", ".gitattributes", ".part")
 WEIGHTS = "*.safetensors"
-NEEDED = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer_config.json",)}  # of a part's files
+NEEDED = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}  # by how a part's name begins
 NEEDED_OF_A_MODEL = ("config.json", WEIGHTS)
 
 
@@ -43,7 +44,8 @@ class BaseModel:
         return hashlib.sha256(canonical_json(self.digests)).hexdigest()
 
     def digest_of(self, parts: tuple[str, ...]) -> str:
-        return hashlib.sha256(canonical_json({part: self.digests[part] for part in parts})).hexdigest()
+        present = {part: self.digests[part] for part in parts if part in self.digests}
+        return hashlib.sha256(canonical_json(present)).hexdigest()
 
 
 def resolve_base(config: BaseModelConfig) -> BaseModel:
@@ -52,29 +54,34 @@ def resolve_base(config: BaseModelConfig) -> BaseModel:
     Raises BaseModelError, one line, when it is none of these or a part is missing.
     """
     path, name = find_base(config)
-    return BaseModel(
-        config.model,
-        config.revision,
-        name,
-        path,
-        {part: _digest_of_folder(path / part) for part in FAMILIES[name].parts},
-    )
+    parts = _parts(FAMILIES[name], _read_index(path))
+    digests = {part: _digest_of_folder(path / part) for part in parts}
+    return BaseModel(config.model, config.revision, name, path, digests)
 
 
 def find_base(config: BaseModelConfig) -> tuple[Path, str]:
     """The folder and the family of the base that a recipe names, checked but not hashed. Raises BaseModelError."""
     path = _locate(config)
-    name = _read_index(path)["_class_name"]
+    index = _read_index(path)
+    name = index["_class_name"]
     family = FAMILIES.get(name)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise BaseModelError(f"{path}: is a {name!r}, expected one of {known}; choose another base")
-    missing = [part for part in family.parts if not (path / part).is_dir()]
+    if reason := family.refusal(index):
+        raise BaseModelError(f"{path}: {reason}")
+    parts = _parts(family, index)
+    missing = [part for part in parts if not (path / part).is_dir()]
     if missing:
         raise BaseModelError(f"{path}: lacks {', '.join(missing)}/; fetch the whole pipeline again")
-    if fault := next((fault for part in family.parts for fault in _faults(path / part)), None):
+    if fault := next((fault for part in parts for fault in _faults(path / part)), None):
         raise BaseModelError(f"{fault}; fetch the whole pipeline again")
     return path, name
+
+
+def _parts(family: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The family's parts without those that this base says it goes without, as `[null, null]`."""
+    return family.parts + tuple(part for part in family.optional_parts if (index.get(part) or [None])[0])
 
 
 def _locate(config: BaseModelConfig) -> Path:
@@ -88,41 +95,25 @@ def _locate(config: BaseModelConfig) -> Path:
             f"base model {config.model!r}: no such folder and no hub id (owner/name); "
             'use "embedded", a folder in diffusers layout, or a hub id'
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                config.model, revision=config.revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BaseModelError(
-            f"base model {config.model!r}: not in the local cache and the hub gave "
-            f"{type(error).__name__}; download it once while online, or give a folder"
-        ) from None
+    return fetch_pipeline(config.model, config.revision)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        index = read_json(path / "model_index.json")
     except FileNotFoundError:
         raise BaseModelError(
             f"{path}: no model_index.json, so it is no diffusers pipeline; give the folder that `save_pretrained` wrote"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BaseModelError(
-            f"{path / 'model_index.json'}: not valid JSON: {error}; fetch the pipeline again"
-        ) from None
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+    if not isinstance(index.get("_class_name"), str):
         raise BaseModelError(f"{path / 'model_index.json'}: names no pipeline class; fetch the pipeline again")
     return index
 
 
 def _faults(part: Path) -> Iterator[str]:
     """What is missing or cut short in a part's folder, from names, sizes and headers; no weight is read."""
-    for pattern in NEEDED.get(part.name, NEEDED_OF_A_MODEL):
+    alone = [pattern for name, pattern in NEEDED.items() if part.name.startswith(name)]
+    for pattern in alone or NEEDED_OF_A_MODEL:
         if not any(part.glob(pattern)):
             yield f"{part}: holds no {pattern}"
     for file in sorted(part.glob("*.json")):

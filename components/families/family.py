@@ -1,13 +1,22 @@
 """What every model family tells the rest of the platform."""
 
-from collections.abc import Sequence
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    Tensors = dict[str, Tensor]
+    Normal = Callable[[Sequence[int]], Tensor]  # shape (B, ...) -> standard normal numbers
+
+BUCKET_STEP = 64  # pixels; what trainers of full-size bases agree on
+MIN_SIDE = 256  # pixels; bases trained below this have no room for buckets and take squares only
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,60 +28,163 @@ class Geometry:
     min_side: int  # no bucket side is smaller
     downscale: int  # pixels per latent cell
     channels: int  # of a latent
+    patch: int = 2  # latent cells on a side of one token: what a dynamic shift counts
 
 
 @dataclass(frozen=True, slots=True)
-class LatentScaling:
-    """The denoiser sees (latent - shift) * factor."""
+class Framing:
+    """How a picture came to its training size; each (vertical, horizontal) in pixels."""
 
-    shift: float
-    factor: float
-
-    def scale(self, latents: "Tensor") -> "Tensor":
-        return (latents - self.shift) * self.factor
+    original: tuple[int, int]  # its height and width as it was
+    crop: tuple[int, int]  # the top left corner that was kept, in the picture as it was resized to cover the bucket
+    target: tuple[int, int]  # height and width of the bucket
 
 
 class PixelEncoder(Protocol):
-    """Pixels to latents: `encode` takes (B, 3, H, W) in [-1, 1], gives the tensors that are cached, each (B, ...)."""
+    """Pixels to what is cached of them: `encode` takes (B, 3, H, W) in [-1, 1], each tensor it gives is (B, ...)."""
 
-    def encode(self, pixels: "Tensor") -> "dict[str, Tensor]": ...
+    def encode(self, pixels: "Tensor") -> "Tensors": ...
 
 
 class PromptEncoder(Protocol):
-    """Captions to what the denoiser is conditioned on, each tensor (B, ...)."""
+    """Captions to what the denoiser is conditioned on, each tensor (B, ...).
 
-    def encode(self, prompts: Sequence[str]) -> "dict[str, Tensor]": ...
+    Captions are always padded to one length, so that a caption's bits do not depend on its neighbours. Where the
+    denoiser is told which positions are text, `<name>_mask` (B, L) bool says so of `<name>` (B, L, ...), with the text
+    first: only that is cached.
+    """
 
-    def count_tokens(self, prompt: str) -> int: ...
+    def encode(self, prompts: Sequence[str]) -> "Tensors": ...
 
 
-class Family(Protocol):
-    """One architecture. Folders are in diffusers layout; nothing here knows recipes, caches or runs."""
+class ScaledLatents(Protocol):
+    """Rows of the cache to latents (B, C, h, w) float32 as the denoiser sees data; `normal` where there is chance."""
+
+    def __call__(self, cached: "Tensors", normal: "Normal") -> "Tensor": ...
+
+
+class Family(ABC):
+    """One architecture. Folders are in diffusers layout; nothing here knows recipes, caches or runs.
+
+    What all of diffusers' layout has in common is written here once; a family says what is its own.
+    """
 
     name: str
+    pipeline: str  # the diffusers class that model_index.json names
+    denoiser: str  # the diffusers class that is trained
+    denoiser_part: str = "transformer"  # its folder, and its prefix in an adapter file
     parts: tuple[str, ...]  # sub-folders a complete base must have
-    pixel_parts: tuple[str, ...]  # of these, what latents depend on
+    optional_parts: tuple[str, ...] = ()  # and those that model_index.json may say it goes without
+    pixel_parts: tuple[str, ...] = ("vae",)  # of these, what latents depend on
     prompt_parts: tuple[str, ...]  # what prompt embeddings depend on
-    denoiser_part: str  # the one that is trained
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of frozen weights on a GPU and of cached embeddings
+    targets: Mapping[str, tuple[str, ...]]  # preset -> patterns of the ends of layers' names
 
+    @abstractmethod
     def geometry(self, base: Path) -> Geometry: ...
 
-    def scheduler_config(self, base: Path) -> dict[str, Any]: ...
+    @abstractmethod
+    def modelspec(self, base: Path) -> str:
+        """The architecture's name in ModelSpec 1.0.1, without "/lora"."""
 
-    def latent_scaling(self, base: Path) -> LatentScaling: ...
-
-    def load_pixel_encoder(self, base: Path, device: str) -> PixelEncoder: ...
-
+    @abstractmethod
     def load_prompt_encoder(self, base: Path, device: str) -> PromptEncoder: ...
 
-    def load_denoiser(self, base: Path, device: str) -> "nn.Module": ...
+    @abstractmethod
+    def denoise(self, denoiser: "nn.Module", x_t: "Tensor", timestep: "Tensor", cond: "Tensors") -> "Tensor":
+        """x_t (B, C, h, w), timestep (B,) in the scheduler's units -> the prediction that the scheduler names.
 
-    def denoise(
-        self, denoiser: "nn.Module", x_t: "Tensor", timestep: "Tensor", cond: "dict[str, Tensor]"
-    ) -> "Tensor": ...
+        `cond` is what `load_prompt_encoder` and `sample_condition` give, batched.
+        """
 
-    def target_modules(self, denoiser: "nn.Module", preset: str) -> list[str]: ...
+    def refusal(self, index: Mapping[str, Any]) -> str:
+        """Why a base with this model_index.json cannot be trained though its class can, or ''."""
+        return ""
 
-    def load_pipeline(self, base: Path, device: str, dtype: "torch.dtype") -> Any: ...
+    def scheduler_config(self, base: Path) -> dict[str, Any]:
+        return read_config(base, "scheduler", "scheduler_config.json")
 
-    def adapter_file(self, denoiser: "nn.Module", adapter_name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]": ...
+    def load_pixel_encoder(self, base: Path, device: str) -> PixelEncoder:
+        """In float32 always: half precision makes some autoencoders overflow."""
+        from components.families.autoencoders import GaussianEncoder
+
+        return GaussianEncoder(base, device)
+
+    def scaled_latents(self, base: Path) -> ScaledLatents:
+        from components.families.autoencoders import GaussianLatents
+
+        return GaussianLatents.of(read_config(base, "vae"))
+
+    def prompt_settings(self, base: Path) -> dict[str, Any]:
+        """What prompt embeddings depend on besides the weights of `prompt_parts`, such as the text's length."""
+        return {}
+
+    def null_condition(self, base: Path, empty: "Tensors") -> "Tensors":
+        """What guidance and caption dropout put in a prompt's place, given the embedding of the empty prompt."""
+        return empty
+
+    def sample_condition(self, framing: Framing) -> "Tensors":
+        """What the denoiser is told of a sample besides its prompt; tensors without a batch dimension."""
+        return {}
+
+    def dtype(self, device: str) -> "torch.dtype":
+        """In which weights that are not trained are loaded."""
+        import torch
+
+        return torch.bfloat16 if device != "cpu" and self.precision == "bfloat16" else torch.float32
+
+    def load_denoiser(self, base: Path, device: str, dtype: "torch.dtype | None" = None) -> "nn.Module":
+        """With frozen weights in `dtype`, by default the family's own on that device."""
+        import diffusers
+
+        cls: Any = getattr(diffusers, self.denoiser)
+        return cls.from_pretrained(
+            base, subfolder=self.denoiser_part, torch_dtype=dtype or self.dtype(device), use_safetensors=True
+        ).to(device)
+
+    def load_pipeline(
+        self, base: Path, device: str, dtype: "torch.dtype", denoiser: "nn.Module | None" = None
+    ) -> Any:
+        """The stock pipeline; with `denoiser` in the place of the base's own, which is then not loaded."""
+        import diffusers
+
+        cls: Any = getattr(diffusers, self.pipeline)
+        given = {} if denoiser is None else {self.denoiser_part: denoiser}
+        pipeline = cls.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **given).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def generation_options(self, pipeline: Any, guidance_scale: float) -> dict[str, Any]:
+        """How the stock pipeline is asked for pictures of that guidance, besides prompt, size, steps and seed."""
+        return {"guidance_scale": guidance_scale}
+
+    def target_modules(self, denoiser: "nn.Module", preset: str) -> list[str]:
+        """Full names of the layers that take an adapter under `preset`, in the model's order."""
+        import torch
+
+        wanted = re.compile(rf"(?:.*\.)?(?:{'|'.join(self.targets[preset])})")
+        return [
+            name
+            for name, module in denoiser.named_modules()
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and wanted.fullmatch(name)
+        ]
+
+    def adapter_file(self, denoiser: "nn.Module", adapter_name: str) -> "tuple[Tensors, dict[str, Any]]":
+        """The adapter's tensors and its metadata under the names that `load_lora_weights` reads.
+
+        PEFT's names (`lora_A`, `lora_B`) throughout: diffusers' converter to the older ones renames attention layers
+        only, and its loader, which takes the first key's kind for that of all, then drops the others in silence.
+        """
+        from peft.utils import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+        config = denoiser.peft_config[adapter_name].to_dict()  # type: ignore[index, union-attr]
+        prefix = self.denoiser_part
+        return (
+            {f"{prefix}.{name}": tensor.detach().cpu().contiguous() for name, tensor in layers.items()},
+            {f"{prefix}.{name}": value for name, value in config.items()},
+        )
+
+
+def read_config(base: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((base / part / name).read_text(encoding="utf-8"))

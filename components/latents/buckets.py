@@ -47,11 +47,16 @@ def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
     """Resize to cover the bucket (Lanczos), then crop the centre. A picture of the bucket's size is left as it is."""
     if image.size == (bucket.width, bucket.height):
         return image
-    scale = max(bucket.width / image.width, bucket.height / image.height)
-    size = (max(bucket.width, round(image.width * scale)), max(bucket.height, round(image.height * scale)))
+    size, (left, top) = placement(image.width, image.height, bucket)
     resized = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - bucket.width) // 2, (size[1] - bucket.height) // 2
     return resized.crop((left, top, left + bucket.width, top + bucket.height))
+
+
+def placement(width: int, height: int, bucket: Bucket) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What `fit` does to a picture: the (width, height) it is resized to, and the (left, top) of what is kept."""
+    scale = max(bucket.width / width, bucket.height / height)
+    size = (max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale)))
+    return size, ((size[0] - bucket.width) // 2, (size[1] - bucket.height) // 2)
 
 
 def cropped_share(width: int, height: int, bucket: Bucket) -> float:

@@ -58,12 +58,14 @@ def cache_latents(
 
 
 def _encode_captions(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
-    encoder = None
+    encoder, family, device = None, base.architecture, default_device()
+    stored = getattr(torch, family.precision)
 
     def encode(batch: list[Item]) -> Tensors:
         nonlocal encoder
-        encoder = encoder or base.architecture.load_prompt_encoder(base.path, default_device())
-        return encoder.encode([item.caption for item in batch])
+        encoder = encoder or family.load_prompt_encoder(base.path, device)
+        tensors = encoder.encode([item.caption for item in batch])
+        return {name: tensor.to(stored) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
     return encode_missing(bench, prompt_encoder_key(base), items, encode, advance)
 

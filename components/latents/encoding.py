@@ -18,6 +18,7 @@ from components.curation.pixels import decode
 from components.errors import LatentCacheMismatch, TrainingDiverged
 from components.latents.buckets import fit
 from components.latents.keys import Item
+from components.latents.ragged import Tensors, shortened, stacked
 from components.stages import Bench
 from components.storage import ObjectRef, Store, sha256_of
 from components.tensors import to_safetensors
@@ -25,7 +26,6 @@ from components.tensors import to_safetensors
 MICRO_BATCH = 8  # always full, padded with the last item: bits then depend neither on order nor on neighbours
 SHARD_ITEMS = 1024
 QUERY_ITEMS = 500  # keys in one SQL statement
-Tensors = dict[str, Tensor]
 
 
 def encode_missing(
@@ -63,8 +63,8 @@ def encode_missing(
                 for i, item in enumerate(part[first : first + MICRO_BATCH])
                 if _shape(piece) == shape
             ]
-            stacked = {name: torch.stack([piece[name][i] for _, piece, i in rows]) for name in rows[0][1]}
-            _commit_shard(bench, encoder, [item.key for item, _, _ in rows], stacked)
+            tensors = {name: torch.stack([piece[name][i] for _, piece, i in rows]) for name in rows[0][1]}
+            _commit_shard(bench, encoder, [item.key for item, _, _ in rows], shortened(tensors))
     return len(missing)
 
 
@@ -131,8 +131,7 @@ class ShardReader:
 
     def __call__(self, keys: Sequence[str]) -> Tensors:
         """The rows of `keys`, in that order, each tensor (B, ...). Raises LatentCacheMismatch when a key is unknown."""
-        rows = [self._row(key) for key in keys]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return stacked([self._row(key) for key in keys])
 
     def _row(self, key: str) -> Tensors:
         if key not in self._places:

@@ -5,12 +5,14 @@ of its weights, the precision stored and the version of the encoding code. The f
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.config import TrainingConfig
 from components.curation.snapshots import SampleRow
 from components.families.bases import BaseModel
-from components.latents.buckets import Bucket, assign, buckets
+from components.families.family import Framing
+from components.latents.buckets import Bucket, assign, buckets, placement
 from components.stages import canonical_json, stage_key
 
 ENCODING_VERSION = 1  # raise when encoding.py changes what it stores
@@ -49,17 +51,20 @@ def pixel_encoder_key(base: BaseModel) -> str:
 
 def prompt_encoder_key(base: BaseModel) -> str:
     """Everything that prompt embeddings depend on besides the caption."""
+    family = base.architecture
+    settings = family.prompt_settings(base.path)
     return _key(
         {
             "kind": "prompts",
-            "weights": base.digest_of(base.architecture.prompt_parts),
-            "dtype": "float32",
+            "weights": base.digest_of(family.prompt_parts),
+            "dtype": family.precision,
             "version": ENCODING_VERSION,
         }
+        | ({"settings": settings} if settings else {})
     )
 
 
-def _key(body: dict[str, object]) -> str:
+def _key(body: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical_json(body)).hexdigest()[:32]
 
 
@@ -88,3 +93,10 @@ def cache_key(snapshot_digest: str, base: BaseModel, resolution: int) -> str:
 
 def sample_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item:
     return image_item(row.sha256, row.rgb_digest, assign(row.width, row.height, sizes))
+
+
+def framing_of(row: SampleRow, sizes: tuple[Bucket, ...]) -> Framing:
+    """How `sample_item`'s picture came to its bucket."""
+    bucket = assign(row.width, row.height, sizes)
+    _, (left, top) = placement(row.width, row.height, bucket)
+    return Framing((row.height, row.width), (top, left), (bucket.height, bucket.width))

@@ -36,6 +36,8 @@ def add_adapter(denoiser: Any, family: Family, training: TrainingConfig) -> list
         ),
         adapter_name=ADAPTER_NAME,
     )
+    for parameter in (parameter for parameter in denoiser.parameters() if parameter.requires_grad):
+        parameter.data = parameter.data.float()  # PEFT makes an adapter in the precision of the frozen layer
     return [(name, parameter) for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
 
 

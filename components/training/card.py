@@ -128,7 +128,8 @@ def _base_facts(base: Mapping[str, Any]) -> tuple[str | None, str, int | None]:
     except BaseModelError:
         return None, "stable-diffusion-v1", None
     resolution = found.architecture.geometry(found.path).resolution
-    return found.digest, "safelight-embedded" if found.name == "embedded" else "stable-diffusion-v1", resolution
+    known = "safelight-embedded" if found.name == "embedded" else found.architecture.modelspec(found.path)
+    return found.digest, known, resolution
 
 
 def _count(session: Session, snapshot: Snapshot | None) -> int | None:

@@ -23,15 +23,18 @@ from components.errors import BadInput, LatentCacheMismatch, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
 from components.families.bases import BaseModel
+from components.families.family import Framing
 from components.latents.encoding import ShardReader, Tensors, locate
 from components.latents.keys import (
     NULL_PROMPT,
     caption_item,
+    framing_of,
     pixel_encoder_key,
     prompt_encoder_key,
     sample_item,
     training_buckets,
 )
+from components.latents.ragged import replaced, stacked
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
 from components.tensors import default_device, to_safetensors
@@ -56,7 +59,7 @@ Event = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class LatentBatch:
-    """Rows of the cache: posterior tensors (B, C, h, w), conditioning tensors (B, ...), one id per row."""
+    """Rows of the cache: what the family caches of pictures, conditioning tensors (B, ...), one id per row."""
 
     sample_ids: tuple[str, ...]
     cached: Tensors
@@ -71,6 +74,8 @@ class CachedSamples:
     latent_keys: tuple[str, ...]
     latents: ShardReader
     prompts: ShardReader
+    framings: tuple[Framing, ...]
+    sample_condition: Callable[[Framing], Tensors]
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -81,7 +86,8 @@ class CachedSamples:
         return LatentBatch(
             tuple(row.sha256 for row in rows),
             self.latents([self.latent_keys[i] for i in positions]),
-            self.prompts([caption_item(row.text).key for row in rows]),
+            self.prompts([caption_item(row.text).key for row in rows])
+            | stacked([self.sample_condition(self.framings[i]) for i in positions]),
         )
 
 
@@ -95,7 +101,14 @@ def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, res
     missing = len(set(keys) - set(latents)) + len(set(captions) - set(prompts))
     if missing:
         raise LatentCacheMismatch(f"{missing} items are not in the latent cache; run the caching stage again")
-    return CachedSamples(tuple(rows), keys, ShardReader(bench.store, latents), ShardReader(bench.store, prompts))
+    return CachedSamples(
+        tuple(rows),
+        keys,
+        ShardReader(bench.store, latents),
+        ShardReader(bench.store, prompts),
+        tuple(framing_of(row, sizes) for row in rows),
+        base.architecture.sample_condition,
+    )
 
 
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
@@ -105,7 +118,7 @@ def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
         scheduler,
         prediction_type=training.prediction_type,
         to_time=DENSITIES[training.timestep_sampling](training),
-        shift=shift_of(training, scheduler),
+        shift=shift_of(training, scheduler, base.architecture.geometry(base.path).patch),
         weighting=weighting_of(training),
         noise=chosen(NOISES, training),
         input_noise=chosen(INPUT_NOISES, training),
@@ -165,12 +178,13 @@ class _FineTuning:
         self.train, self.held_out, self.work_dir = train, held_out, work_dir
         self.on_event, self.should_stop = on_event, should_stop
         self.family, self.device = base.architecture, default_device()
-        self.encoder = self.family.latent_scaling(base.path)
+        self.scaled_latents = self.family.scaled_latents(base.path)
         self.objective = objective_of(base, training)
-        self.denoiser = self.family.load_denoiser(base.path, self.device)
+        self.dtype = self.family.dtype(self.device) if self._bf16() else torch.float32  # of what does not train
+        self.denoiser = self.family.load_denoiser(base.path, self.device, self.dtype)
         self.parameters = add_adapter(self.denoiser, self.family, training)
         self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
-        self.null = train.prompts([caption_item(NULL_PROMPT).key])
+        self.null = self.family.null_condition(base.path, train.prompts([caption_item(NULL_PROMPT).key]))
         self.preview_prompts = choose_prompts(held_out_rows, training.preview_prompts) if held_out_rows else []
         self.log: list[dict[str, Any]] = []
         self.losses: dict[str, Tensor] = {}  # "base" and "<step>" -> (N, T)
@@ -227,17 +241,16 @@ class _FineTuning:
         )
 
     def _latents(self, batch: LatentBatch, draw: Any) -> Tensor:
-        mean, logvar = batch.cached["mean"].float(), batch.cached["logvar"].float()
-        return self.encoder.scale(mean + (0.5 * logvar).exp() * draw.normal(mean.shape, "posterior")).to(self.device)
+        return self.scaled_latents(batch.cached, lambda shape: draw.normal(shape, "posterior")).to(self.device)
+
+    def _on_device(self, cond: Tensors) -> Tensors:
+        return {name: (c.float() if c.is_floating_point() else c).to(self.device) for name, c in cond.items()}
 
     def _loss(self, batch: LatentBatch, draw: Draw) -> Tensor:
         """Scalar. Captions are dropped per sample, at load time, so no cache holds a dropped one."""
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
-        cond = {
-            name: torch.where(dropped.view(-1, *[1] * (tensor.dim() - 1)), self.null[name], tensor).to(self.device)
-            for name, tensor in batch.cond.items()
-        }
+        cond = self._on_device(replaced(batch.cond, dropped, self.null))
         return self.objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).mean()
 
     def _report(self, report: StepReport) -> None:
@@ -320,7 +333,7 @@ class _FineTuning:
 
         def per_sample(positions: Sequence[int], draw: Any) -> Tensor:
             batch = self.held_out.batch(positions)
-            cond = {name: tensor.to(self.device) for name, tensor in batch.cond.items()}
+            cond = self._on_device(batch.cond)
             return objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).cpu()
 
         losses = validation_losses(per_sample, self.held_out.ids, self.training.validation_times)
@@ -331,8 +344,7 @@ class _FineTuning:
         if not self.preview_prompts:
             return
         self.denoiser.eval()
-        pipeline = self.family.load_pipeline(self.base.path, self.device, torch.float32)
-        setattr(pipeline, self.family.denoiser_part, self.denoiser)
+        pipeline = self.family.load_pipeline(self.base.path, self.device, self.dtype, self.denoiser)
         side = self.family.geometry(self.base.path).resolution
         settings = Settings(
             PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", side, len(self.preview_prompts), torch.get_num_threads()

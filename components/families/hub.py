@@ -1,0 +1,61 @@
+"""Fetching a pipeline from the Hugging Face hub: the folders its index names, safetensors only, and never code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from components.errors import BaseModelError
+
+HUB = "https://huggingface.co"
+CONFIGURATION = ("*.json", "*.txt", "*.model")  # of models and schedulers, and what tokenizers read
+VARIANTS = ("*.fp16.*", "*.bf16.*", "*.fp32.*", "*.non_ema.*", "*.ema.*")  # second copies of the same weights
+
+
+def fetch_pipeline(model: str, revision: str | None) -> Path:
+    """The local folder of a hub pipeline, downloaded as far as it is not there; the token is the environment's.
+
+    Raises: BaseModelError, one line, that says where to accept a licence when the repository asks for one.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        index = Path(hf_hub_download(model, "model_index.json", revision=revision))
+        folders = [name for name, entry in read_json(index).items() if isinstance(entry, list) and entry[0]]
+        wanted = [f"{folder}/{pattern}" for folder in folders for pattern in (*CONFIGURATION, "*.safetensors")]
+        patterns = ["model_index.json", *wanted]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=[*VARIANTS]))
+    except GatedRepoError:
+        raise BaseModelError(
+            f"base model {model!r}: its licence is not accepted by this account; accept it at {HUB}/{model} "
+            "and set HF_TOKEN to a token of that account"
+        ) from None
+    except RevisionNotFoundError:
+        raise BaseModelError(f"base model {model!r}: has no revision {revision!r}; correct base.revision") from None
+    except RepositoryNotFoundError:
+        raise BaseModelError(
+            f"base model {model!r}: the hub has no such model, or it is private; "
+            "correct base.model, or set HF_TOKEN to a token that may read it"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"base model {model!r}: not in the local cache and the hub gave "
+            f"{type(error).__name__}; download it once while online, or give a folder"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises BaseModelError when the file holds something else."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BaseModelError(f"{path}: not valid JSON: {error}; fetch the pipeline again") from None
+    if not isinstance(body, dict):
+        raise BaseModelError(f"{path}: holds no JSON object; fetch the pipeline again")
+    return body

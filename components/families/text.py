@@ -1,0 +1,41 @@
+"""Text encoders of transformers, as the stock pipelines call them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TextModel:
+    """A base's tokenizer and text model number `place` (1 is called "text_encoder", 2 "text_encoder_2", ...)."""
+
+    def __init__(self, base: Path, place: int, tokenizer: str, model: str, device: str, dtype: "torch.dtype"):
+        import transformers
+
+        suffix = "" if place == 1 else f"_{place}"
+        self.tokenizer: Any = getattr(transformers, tokenizer).from_pretrained(base, subfolder=f"tokenizer{suffix}")
+        self.model: Any = getattr(transformers, model).from_pretrained(
+            base, subfolder=f"text_encoder{suffix}", dtype=dtype, use_safetensors=True
+        )
+        self.model.eval().to(device)
+
+    def __call__(self, prompts: Sequence[str], max_length: int | None = None, **options: Any) -> Any:
+        """The model's output for prompts that are padded to `max_length` tokens (None: the tokenizer's) or cut there.
+
+        Padding is attended to, as in the stock pipelines, unless the model's config asks for a mask.
+        """
+        import torch
+
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=max_length or self.tokenizer.model_max_length,
+        )
+        device = self.model.device
+        mask = tokens.attention_mask.to(device) if getattr(self.model.config, "use_attention_mask", False) else None
+        with torch.inference_mode():
+            return self.model(tokens.input_ids.to(device), attention_mask=mask, **options)
