@@ -5,9 +5,18 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from components.errors import RecipeError
 
@@ -57,18 +66,40 @@ class BaseModelConfig(Config):
 
 
 ADAM_LIKE = ("adamw", "adamw8bit", "prodigy", "adamwschedulefree")  # optimizers that take Adam's betas
+UNAVERAGED = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion", "muon")  # their parameters are the weights to use
 PRODIGY_MIN_RATE = 0.1  # below this factor it learns next to nothing; its authors recommend 1
+Preset = Literal["attention", "attention-mlp", "all-linear", "all"]
+FACTORED = ("lora", "rslora", "dora")  # adapters whose update is s B A with B = 0 at the start
+WITH_RANKS = (*FACTORED, "pissa", "loha", "lokr")
 
 
 class TrainingConfig(Config):
-    adapter: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
-    rank: int = Field(default=16, ge=1, description="LoRA rank r; the update is scaled by lora_alpha / r.")
+    adapter: Literal["lora", "rslora", "dora", "pissa", "loha", "lokr", "oft"] = Field(
+        default="lora", description="Kind of adapter."
+    )
+    rank: int = Field(
+        default=16, ge=1, description="LoRA rank r, the update is scaled by lora_alpha / r; of oft: the block size."
+    )
     lora_alpha: float = Field(default=16.0, gt=0, description="Numerator of the scale.")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: Literal["attention", "attention-mlp", "all-linear", "all"] = Field(
-        default="attention-mlp", description="Layers that take an adapter; all: convolutions too."
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default={}, description="Ranks of some layers, by the end of their name or a regular expression for it."
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(default={}, description="Their lora_alpha, in the same way.")
+    targets: Preset | tuple[str, ...] = Field(
+        default="attention-mlp",
+        description="Layers that take an adapter, a preset (all: convolutions too) or a list of their names' ends.",
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    loraplus_lr_ratio: float = Field(
+        default=1.0, gt=0, description="LoRA+: factor on the learning rate of B, the factor that starts at zero."
+    )
+    scale_weight_norms: float | None = Field(
+        default=None, gt=0, description="Largest norm of a layer's update, kept after every step; none: no limit."
+    )
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="Publish an average of the adapter over the steps; 0.999 is usual, 0: off."
+    )
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "adamwschedulefree", "lion", "muon"] = Field(
         default="adamw", description="Optimizer; adamw8bit: on a GPU only; prodigy: with learning_rate 1.0."
     )
@@ -143,6 +174,27 @@ class TrainingConfig(Config):
         default="auto", description="auto: bf16 on CUDA, none on the CPU."
     )
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_targets(cls, targets: Any) -> Any:
+        if isinstance(targets, str) and targets not in get_args(Preset):
+            near = difflib.get_close_matches(targets, get_args(Preset), n=1, cutoff=0.4)
+            guess = f"did you mean {near[0]!r}" if near else f"expected one of {', '.join(get_args(Preset))}"
+            raise ValueError(f"no such preset, {guess}; or give a list such as ['to_q', 'to_v']")
+        if isinstance(targets, list | tuple) and not targets:
+            raise ValueError("an empty list, expected at least one end of a layer's name, such as 'to_q'")
+        return targets
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns_are_regular_expressions(cls, pattern: dict[str, Any]) -> dict[str, Any]:
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{key!r} is no regular expression: {error}") from None
+        return pattern
+
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
         if self.lr_warmup_steps > self.max_train_steps:
@@ -154,6 +206,17 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _optimizer_settings_agree(self) -> Self:
         """Betas that nobody reads, a rate that Prodigy would multiply its own by, a schedule for the schedule-free."""
+        needs = {
+            "loraplus_lr_ratio": ("adamw", "adamw8bit", "adamwschedulefree", "adafactor", "lion"),
+            "ema_decay": UNAVERAGED,
+            "scale_weight_norms": UNAVERAGED,
+        }
+        for key, fitting in needs.items():
+            value = getattr(self, key)
+            if self.optimizer not in fitting and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {value}, but optimizer is {self.optimizer!r}, expected " + " or ".join(fitting)
+                )
         for key in ("adam_beta1", "adam_beta2"):
             value = getattr(self, key)
             if self.optimizer not in ADAM_LIKE and value != type(self).model_fields[key].default:
@@ -177,6 +240,12 @@ class TrainingConfig(Config):
     def _diffusion_settings_agree(self) -> Self:
         """What a key needs from another, so that no setting is written down and then does nothing."""
         needs = {
+            "lora_alpha": ("adapter", WITH_RANKS),
+            "lora_dropout": ("adapter", (*FACTORED, "pissa")),
+            "rank_pattern": ("adapter", WITH_RANKS),
+            "alpha_pattern": ("adapter", WITH_RANKS),
+            "loraplus_lr_ratio": ("adapter", FACTORED),
+            "scale_weight_norms": ("adapter", FACTORED[:2]),
             "mode_scale": ("timestep_sampling", ("mode",)),
             "snr_gamma": ("loss_weighting", ("none", "min_snr")),
             "p2_k": ("loss_weighting", ("p2",)),
@@ -188,7 +257,7 @@ class TrainingConfig(Config):
         for key, (other, fitting) in needs.items():
             value, found = getattr(self, key), getattr(self, other)
             if value != type(self).model_fields[key].default and found not in fitting:
-                expected = " or ".join(map(repr, fitting)) if len(fitting) < 3 else "at least 1"
+                expected = "at least 1" if 10 in fitting else " or ".join(map(repr, fitting))
                 raise ValueError(f"{key} is {value!r}, but {other} is {found!r}, expected {expected}")
         if self.loss_weighting == "min_snr" and self.snr_gamma is None:
             raise ValueError("loss_weighting is 'min_snr', but snr_gamma is not set, expected a number such as 5.0")

@@ -6,10 +6,8 @@ padded with its last request, and the batch's size and the thread count belong t
 
 import io
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +20,7 @@ from components.families.bases import BaseModel
 from components.stages import Bench, Product, ensure, stage_key
 from components.storage import Store
 from components.tensors import default_device
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+from components.training.adapters import load_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +120,7 @@ def open_pipeline(store: Store, base: BaseModel, adapter_sha256: str | None, sch
     if scheduler != "auto":
         pipeline.scheduler = sampler_from_scheduler(scheduler, pipeline.scheduler.config)
     if adapter_sha256 is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / ADAPTER_FILE).write_bytes(store.read(adapter_sha256))
-            pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE)
+        load_adapter(pipeline, store.read(adapter_sha256), base.architecture, base.path)
     return pipeline
 
 

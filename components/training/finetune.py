@@ -38,7 +38,7 @@ from components.latents.ragged import replaced, stacked
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
 from components.tensors import default_device, to_safetensors
-from components.training.adapters import adapter_bytes, add_adapter
+from components.training.adapters import adapter_bytes, add_adapter, limit_norms
 from components.training.checkpoints import (
     newest_checkpoint,
     optimizer_numbers,
@@ -46,6 +46,7 @@ from components.training.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
+from components.training.ema import ExponentialAverage
 from components.training.loop import StepReport, fit
 from components.training.optimizers import OPTIMIZERS, averaged
 from components.training.order import batches_from
@@ -184,6 +185,9 @@ class _FineTuning:
         self.denoiser = self.family.load_denoiser(base.path, self.device, self.dtype)
         self.parameters = add_adapter(self.denoiser, self.family, training)
         self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
+        if (limit := training.scale_weight_norms) is not None:
+            self.optimizer.register_step_post_hook(lambda *_: limit_norms(self.denoiser, limit))
+        self.ema = ExponentialAverage(self.parameters, training.ema_decay) if training.ema_decay else None
         self.null = self.family.null_condition(base.path, train.prompts([caption_item(NULL_PROMPT).key]))
         self.preview_prompts = choose_prompts(held_out_rows, training.preview_prompts) if held_out_rows else []
         self.log: list[dict[str, Any]] = []
@@ -218,6 +222,7 @@ class _FineTuning:
             max_train_steps=training.max_train_steps,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             max_grad_norm=training.max_grad_norm,
+            ema=self.ema,
             on_step=self._report,
             on_checkpoint=self._checkpoint,
             checkpointing_steps=training.checkpointing_steps,
@@ -277,7 +282,7 @@ class _FineTuning:
         if step not in self.adapters and (
             step % self.training.checkpointing_steps == 0 or step == self.training.max_train_steps
         ):
-            with averaged(self.optimizer):
+            with self.ema.applied() if self.ema else averaged(self.optimizer):
                 self._publish(step)
         save_checkpoint(
             self.work_dir,
@@ -286,6 +291,7 @@ class _FineTuning:
                 "parameters": {name: parameter.detach() for name, parameter in self.parameters},
                 "optimizer": optimizer_tensors(self.optimizer),
                 "losses": self.losses,
+                **({"ema": self.ema.tensors} if self.ema else {}),
             },
             {
                 "optimizer": optimizer_numbers(self.optimizer),
@@ -320,6 +326,8 @@ class _FineTuning:
             for name, parameter in self.parameters:
                 parameter.copy_(checkpoint.tensors["parameters"][name])
         restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.facts["optimizer"])
+        if self.ema:
+            self.ema.load(checkpoint.tensors["ema"])
         self.losses, self.log = checkpoint.tensors.get("losses", {}), checkpoint.facts["log"]
         self.adapters = {int(step): ObjectRef(*ref) for step, ref in checkpoint.facts["adapters"].items()}
         self.previews = {name: ObjectRef(*ref) for name, ref in checkpoint.facts["previews"].items()}

@@ -88,9 +88,9 @@ def fit(
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> float:
-    """Give every parameter group the learning rate; returns it."""
+    """Give every parameter group the learning rate, times its own `lr_ratio` where it has one; returns it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
     return learning_rate
 
 

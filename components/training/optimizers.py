@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lion_pytorch import Lion
@@ -116,7 +117,7 @@ def muon_for(
 
 
 def _adamw(parameters: Named, training: TrainingConfig) -> Optimizer:
-    return torch.optim.AdamW(_tensors(parameters), fused=True, **_adam_settings(training))
+    return torch.optim.AdamW(_groups(parameters, training), fused=True, **_adam_settings(training))
 
 
 def _adamw8bit(parameters: Named, training: TrainingConfig) -> Optimizer:
@@ -132,13 +133,13 @@ def _adamw8bit(parameters: Named, training: TrainingConfig) -> Optimizer:
         raise BadInput(
             f"training.optimizer 'adamw8bit' needs bitsandbytes ({error}); install safelight with its extra `gpu`"
         ) from None
-    return AdamW8bit(_tensors(parameters), **_adam_settings(training))
+    return AdamW8bit(_groups(parameters, training), **_adam_settings(training))
 
 
 def _adafactor(parameters: Named, training: TrainingConfig) -> Optimizer:
     """Steps are relative to the size of the weights: min(learning_rate, 1 / sqrt(t)) * max(1e-3, RMS(weights))."""
     return torch.optim.Adafactor(
-        _tensors(parameters), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=False
+        _groups(parameters, training), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=False
     )
 
 
@@ -149,13 +150,13 @@ def _prodigy(parameters: Named, training: TrainingConfig) -> Optimizer:
 
 def _adamw_schedule_free(parameters: Named, training: TrainingConfig) -> Optimizer:
     """In training mode: its parameters are where gradients are taken; `averaged` shows the weights to use."""
-    optimizer = AdamWScheduleFree(_tensors(parameters), foreach=False, **_adam_settings(training))
+    optimizer = AdamWScheduleFree(_groups(parameters, training), foreach=False, **_adam_settings(training))
     optimizer.train()
     return optimizer
 
 
 def _lion(parameters: Named, training: TrainingConfig) -> Optimizer:
-    return Lion(_tensors(parameters), lr=training.learning_rate, weight_decay=training.weight_decay)
+    return Lion(_groups(parameters, training), lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
 def _muon(parameters: Named, training: TrainingConfig) -> Optimizer:
@@ -164,6 +165,17 @@ def _muon(parameters: Named, training: TrainingConfig) -> Optimizer:
 
 def _tensors(parameters: Named) -> list[nn.Parameter]:
     return [parameter for _, parameter in parameters]
+
+
+def _groups(parameters: Named, training: TrainingConfig) -> list[dict[str, Any]]:
+    """One group, or LoRA+'s two (Hayou et al. 2024, arXiv:2402.12354): the factor B, which starts at zero, learns
+    `loraplus_lr_ratio` times as fast as the rest; `lr_ratio` is what the loop multiplies a group's learning rate by."""
+    if training.loraplus_lr_ratio == 1.0:
+        return [{"params": _tensors(parameters)}]
+    up = [(name, parameter) for name, parameter in parameters if ".lora_B." in name]
+    rest = [(name, parameter) for name, parameter in parameters if ".lora_B." not in name]
+    ratio = training.loraplus_lr_ratio
+    return [{"params": _tensors(rest), "lr_ratio": 1.0}, {"params": _tensors(up), "lr_ratio": ratio}]
 
 
 def _adam_settings(training: TrainingConfig) -> dict:

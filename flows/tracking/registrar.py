@@ -121,7 +121,7 @@ def _upload(client: "MlflowClient", request: RegistrationRequest, model: "Logged
 
     with tempfile.TemporaryDirectory() as scratch:
         weights, folder = Path(scratch) / "pytorch_lora_weights.safetensors", Path(scratch) / "model"
-        weights.write_bytes(adapter)
+        weights.write_bytes(_stock_adapter(adapter, Path(request.base_path)))
         save_model(
             str(weights),
             str(folder),
@@ -136,6 +136,17 @@ def _upload(client: "MlflowClient", request: RegistrationRequest, model: "Logged
             ),
         )
         client.log_model_artifacts(model.model_id, str(folder))
+
+
+def _stock_adapter(adapter: bytes, base: Path) -> bytes:
+    """The adapter as MLflow's flavour can load it, which knows `load_lora_weights` alone."""
+    from components.config import BaseModelConfig
+    from components.families import FAMILIES
+    from components.families.bases import find_base
+    from components.training.adapters import stock_adapter
+
+    folder, family = find_base(BaseModelConfig(model=str(base)))
+    return stock_adapter(adapter, FAMILIES[family], folder)
 
 
 def _signature(request: RegistrationRequest) -> "ModelSignature":
