@@ -57,6 +57,7 @@ app.add_typer(studies, name="study")
 class Layout(StrEnum):
     DIFFUSERS = "diffusers"
     KOHYA = "kohya"
+    COMFYUI = "comfyui"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
@@ -444,7 +445,9 @@ def generate(
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    layout: Annotated[list[Layout] | None, typer.Option(help="May be repeated; default both.")] = None,
+    layout: Annotated[
+        list[Layout] | None, typer.Option(help="May be repeated; default: diffusers and kohya, where they exist.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a registered adapter as files that other programs load."""
@@ -459,7 +462,7 @@ def export(
             bench,
             version.adapter_sha256,
             out,
-            layouts=tuple(chosen.value for chosen in layout or Layout),
+            layouts=[chosen.value for chosen in layout] if layout else None,
             run_uid=version.run_uid,
         )
         files = {name: str(path) for name, path in exported.files.items()}
@@ -471,8 +474,9 @@ def export(
                 "version": version.version,
                 "files": files,
                 "card": str(exported.card),
+                "skipped": exported.skipped,
             },
-            lambda: reporter.say("\n".join([*files.values(), str(exported.card)])),
+            lambda: reporter.say("\n".join([*files.values(), str(exported.card), *exported.skipped.values()])),
         )
 
 

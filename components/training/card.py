@@ -22,6 +22,7 @@ from components.catalog.models import (
 from components.config import BaseModelConfig
 from components.errors import BadInput, BaseModelError
 from components.families.bases import HUB_ID, resolve_base
+from components.layouts.names import ARCHITECTURES
 from components.stages import Bench
 from components.storage import atomic_write
 
@@ -48,7 +49,9 @@ class Origin:
     base: str  # a hub id, a folder's own name, or "embedded"
     hub_base: bool
     base_sha256: str | None
-    architecture: str
+    pipeline: str  # the base's class, "StableDiffusionPipeline" where the base is gone
+    architecture: str  # as modelspec.architecture has it, without "/lora"
+    base_version: str | None  # kohya's ss_base_model_version
     resolution: int | None
     training: dict[str, Any]
     evaluation: dict[str, Any]
@@ -92,11 +95,10 @@ def origin_of(bench: Bench, adapter_sha256: str, run_uid: str | None = None) -> 
         version = session.scalar(select(func.max(ModelVersion.version)).where(
             ModelVersion.adapter_sha256 == adapter_sha256, ModelVersion.name == run.name))
         base = run.recipe.get("base", {})
-        digest, architecture, resolution = _base_facts(base)
         return Origin(
             adapter_sha256=adapter_sha256, name=run.name, step=adapter.step, base=_base_name(base),
-            hub_base=bool(HUB_ID.match(base.get("model", ""))), base_sha256=digest, architecture=architecture,
-            resolution=resolution, training=run.recipe.get("training", {}), evaluation=run.recipe.get("evaluation", {}),
+            hub_base=bool(HUB_ID.match(base.get("model", ""))), **_base_facts(base),
+            training=run.recipe.get("training", {}), evaluation=run.recipe.get("evaluation", {}),
             run_uid=run.run_uid, mlflow_run_id=run.mlflow_run_id, git_commit=run.git_commit,
             created_at=adapter.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
             snapshot=f"{snapshot.dataset}@v{snapshot.version}" if snapshot else None,
@@ -122,14 +124,20 @@ def _base_name(base: Mapping[str, Any]) -> str:
     return model if HUB_ID.match(model) else PurePath(model).name
 
 
-def _base_facts(base: Mapping[str, Any]) -> tuple[str | None, str, int | None]:
+def _base_facts(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Origin that the base's folder tells; without it, as much as is true of most bases."""
     try:
         found = resolve_base(BaseModelConfig.model_validate(base))
     except BaseModelError:
-        return None, "stable-diffusion-v1", None
-    resolution = found.architecture.geometry(found.path).resolution
-    known = "safelight-embedded" if found.name == "embedded" else found.architecture.modelspec(found.path)
-    return found.digest, known, resolution
+        return {"base_sha256": None, "pipeline": "StableDiffusionPipeline", "architecture": "stable-diffusion-v1",
+                "base_version": "sd_v1", "resolution": None}
+    name, version = found.architecture.modelspec(found.path), ARCHITECTURES[found.family].base_version
+    if name.startswith("stable-diffusion-v2"):
+        version = "sd_v2_v" if name.endswith("-v") else "sd_v2"
+    if found.name == "embedded":
+        name, version = "safelight-embedded", None
+    return {"base_sha256": found.digest, "pipeline": found.family, "architecture": name, "base_version": version,
+            "resolution": found.architecture.geometry(found.path).resolution}
 
 
 def _count(session: Session, snapshot: Snapshot | None) -> int | None:
@@ -178,8 +186,9 @@ def _front_matter(origin: Origin, images: Sequence[tuple[str, str]]) -> str:
     lines = ["---", "license: other", "license_name: as-training-data-and-base", "license_link: README.md"]
     if origin.hub_base:
         lines += [f"base_model: {origin.base}", "base_model_relation: adapter"]
+    template = "sd-lora" if ARCHITECTURES[origin.pipeline].denoiser == "unet" else "diffusion-lora"
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image",
-              "tags: [text-to-image, diffusers, lora, 'template:sd-lora']"]
+              f"tags: [text-to-image, diffusers, lora, 'template:{template}']"]
     if images:
         lines.append("widget:")
         lines += [line for name, prompt in images for line in (f"  - text: {json.dumps(prompt)}",
@@ -200,8 +209,11 @@ def _usage(origin: Origin, files: Mapping[str, str]) -> str:
                   f'pipeline = DiffusionPipeline.from_pretrained("{base}", dtype=torch.float32)',
                   f'pipeline.load_lora_weights(".", weight_name="{files["diffusers"]}")', "```"]
     if "kohya" in files:
-        lines += ["", f"For WebUI and ComfyUI put `{files['kohya']}` into the folder of LoRA models; weight 1 is what "
-                      "was evaluated."]
+        readers = ARCHITECTURES[origin.pipeline].readers["kohya"]
+        lines += ["", f"For {readers} put `{files['kohya']}` into the folder of LoRA models; weight 1 is what was "
+                      "evaluated."]
+    if "comfyui" in files:
+        lines += ["", f"For ComfyUI put `{files['comfyui']}` into `models/loras`."]
     return "\n".join(lines)
 
 

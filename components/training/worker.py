@@ -187,7 +187,8 @@ def _export(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.training.export import export_adapter
 
     exported = export_adapter(bench, request["adapter"], Path(request["folder"]), run_uid=request["run_uid"])
-    return Product({}, {"files": {layout: str(path) for layout, path in exported.files.items()}})
+    files = {layout: str(path) for layout, path in exported.files.items()}
+    return Product({}, {"files": files, "skipped": exported.skipped})
 
 
 STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
