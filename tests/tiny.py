@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -11,7 +12,7 @@ SIDE = 32  # pixels
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,."
 
 
-def tiny_stable_diffusion(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") -> Path:
+def tiny_stable_diffusion(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", **unet_config: Any) -> Path:
     """A Stable Diffusion of 32 px pictures and 8x8 latents, saved in diffusers layout; returns `folder`."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -24,7 +25,7 @@ def tiny_stable_diffusion(folder: Path, *, seed: int = 0, prediction_type: str =
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
-        attention_head_dim=2,
+        **({"attention_head_dim": 2} | unet_config),
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 16),
@@ -35,7 +36,7 @@ def tiny_stable_diffusion(folder: Path, *, seed: int = 0, prediction_type: str =
         layers_per_block=1,
         sample_size=SIDE,
     )
-    tokenizer = _tokenizer(folder / "vocabulary")
+    tokenizer = clip_tokenizer(folder / "vocabulary")
     encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -70,7 +71,7 @@ def tiny_stable_diffusion(folder: Path, *, seed: int = 0, prediction_type: str =
     return folder
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True)
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))

@@ -10,8 +10,8 @@ from typing import Any
 
 from components.config import BaseModelConfig
 from components.errors import BaseModelError
-from components.families import FAMILIES
-from components.families.family import Family
+from components.families import EXCLUDED, FAMILIES
+from components.families.family import Family, has_part
 from components.families.hub import fetch_pipeline, read_json
 from components.stages import canonical_json
 from components.storage import sha256_of
@@ -65,11 +65,11 @@ def find_base(config: BaseModelConfig) -> tuple[Path, str]:
     index = _read_index(path)
     name = index["_class_name"]
     family = FAMILIES.get(name)
+    if reason := EXCLUDED.get(name) or (family and family.refusal(index)):
+        raise BaseModelError(f"{path}: {reason}")
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise BaseModelError(f"{path}: is a {name!r}, expected one of {known}; choose another base")
-    if reason := family.refusal(index):
-        raise BaseModelError(f"{path}: {reason}")
     parts = _parts(family, index)
     missing = [part for part in parts if not (path / part).is_dir()]
     if missing:
@@ -81,7 +81,7 @@ def find_base(config: BaseModelConfig) -> tuple[Path, str]:
 
 def _parts(family: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
     """The family's parts without those that this base says it goes without, as `[null, null]`."""
-    return family.parts + tuple(part for part in family.optional_parts if (index.get(part) or [None])[0])
+    return family.parts + tuple(part for part in family.optional_parts if has_part(index, part))
 
 
 def _locate(config: BaseModelConfig) -> Path:

@@ -30,6 +30,13 @@ class Geometry:
     channels: int  # of a latent
     patch: int = 2  # latent cells on a side of one token: what a dynamic shift counts
 
+    @classmethod
+    def of(cls, resolution: int, finest_step: int, downscale: int, channels: int, patch: int = 2) -> "Geometry":
+        """With the buckets that trainers agree on, or, for a base too small for them, squares on its finest grid."""
+        small = resolution < MIN_SIDE
+        step, side = (finest_step, resolution) if small else (BUCKET_STEP, MIN_SIDE)
+        return cls(resolution, step, side, downscale, channels, patch)
+
 
 @dataclass(frozen=True, slots=True)
 class Framing:
@@ -149,7 +156,9 @@ class Family(ABC):
         import diffusers
 
         cls: Any = getattr(diffusers, self.pipeline)
-        given = {} if denoiser is None else {self.denoiser_part: denoiser}
+        index = read_config(base, ".", "model_index.json")
+        given: dict[str, Any] = {part: None for part in self.optional_parts if not has_part(index, part)}
+        given |= {} if denoiser is None else {self.denoiser_part: denoiser}
         pipeline = cls.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **given).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -184,6 +193,11 @@ class Family(ABC):
             {f"{prefix}.{name}": tensor.detach().cpu().contiguous() for name, tensor in layers.items()},
             {f"{prefix}.{name}": value for name, value in config.items()},
         )
+
+
+def has_part(index: Mapping[str, Any], part: str) -> bool:
+    """Whether model_index.json names a class for `part`: a base that goes without says [null, null]."""
+    return bool((index.get(part) or [None])[0])
 
 
 def read_config(base: Path, part: str, name: str = "config.json") -> dict[str, Any]:

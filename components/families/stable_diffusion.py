@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.families.family import BUCKET_STEP, MIN_SIDE, Family, Geometry, read_config
+from components.families.family import Family, Geometry, read_config
 from components.families.text import TextModel
 
 if TYPE_CHECKING:
@@ -52,10 +52,8 @@ class StableDiffusion(Family):
         vae, unet = read_config(base, "vae"), read_config(base, "unet")
         downscale = 2 ** (len(vae["block_out_channels"]) - 1)
         resolution = unet["sample_size"] * downscale
-        if resolution < MIN_SIDE:
-            step = downscale * 2 ** (len(unet["block_out_channels"]) - 1)  # what the U-Net can halve and double again
-            return Geometry(resolution, step, resolution, downscale, vae["latent_channels"])
-        return Geometry(resolution, BUCKET_STEP, MIN_SIDE, downscale, vae["latent_channels"])
+        step = downscale * 2 ** (len(unet["block_out_channels"]) - 1)  # what the U-Net can halve and double again
+        return Geometry.of(resolution, step, downscale, vae["latent_channels"])
 
     def modelspec(self, base: Path) -> str:
         if read_config(base, "unet").get("cross_attention_dim") != SD2_WIDTH:

@@ -149,8 +149,8 @@ def fine_tune(
     held_out = cached_samples(bench, _spread(held_out_rows, training.validation_items), base, resolution)
     if not train.rows:
         raise BadInput("the train split is empty; lower curation.test_fraction or add pictures")
-    run = _FineTuning(bench, base, training, train, held_out, held_out_rows, work_dir, on_event, should_stop)
-    return run()
+    splits = train, held_out, held_out_rows
+    return _FineTuning(bench, base, training, resolution, *splits, work_dir, on_event, should_stop)()
 
 
 def _spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
@@ -168,6 +168,7 @@ class _FineTuning:
         bench: Bench,
         base: BaseModel,
         training: TrainingConfig,
+        resolution: int,
         train: CachedSamples,
         held_out: CachedSamples,
         held_out_rows: Sequence[SampleRow],
@@ -175,7 +176,7 @@ class _FineTuning:
         on_event: Event,
         should_stop: Callable[[], bool],
     ):
-        self.bench, self.base, self.training = bench, base, training
+        self.bench, self.base, self.training, self.resolution = bench, base, training, resolution
         self.train, self.held_out, self.work_dir = train, held_out, work_dir
         self.on_event, self.should_stop = on_event, should_stop
         self.family, self.device = base.architecture, default_device()
@@ -353,9 +354,8 @@ class _FineTuning:
             return
         self.denoiser.eval()
         pipeline = self.family.load_pipeline(self.base.path, self.device, self.dtype, self.denoiser)
-        side = self.family.geometry(self.base.path).resolution
         settings = Settings(
-            PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", side, len(self.preview_prompts), torch.get_num_threads()
+            PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", self.resolution, len(self.preview_prompts), torch.get_num_threads()
         )
         requests = [Request(i, text, group, seed=i) for i, (text, group) in enumerate(self.preview_prompts)]
         for i, image in enumerate(draw_batch(pipeline, requests, settings)):

@@ -1,0 +1,255 @@
+"""What every family owes: the stock pipeline's numbers while training, and an adapter that the stock pipeline loads."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from components.config import BaseModelConfig, TrainingConfig, parse_recipe
+from components.curation.snapshots import SampleRow
+from components.errors import Stopped
+from components.families.bases import BaseModel, resolve_base
+from components.families.family import Framing
+from components.latents.caching import cache_latents
+from components.latents.encoding import ShardReader, locate, pixels_of
+from components.latents.keys import caption_item, prompt_encoder_key, sample_item, training_buckets
+from components.latents.ragged import stacked
+from components.stages import Bench, Product
+from components.training.adapters import adapter_bytes, add_adapter
+from components.training.finetune import fine_tune
+from components.workspace import Workspace
+from tests.families.members import MEMBERS, Member
+from tests.pictures import COLOURS, SHAPES, draw
+
+PROMPTS = ["disc, red sign", "", "a long description of a sign that no tiny tokenizer takes to its end " * 8]
+STEPS = 3
+
+
+@dataclass
+class Trial:
+    """One member on disk with a few pictures, and the stages on them."""
+
+    member: Member
+    folder: Path
+
+    @cached_property
+    def base(self) -> BaseModel:
+        return resolve_base(BaseModelConfig(model=str(self.member.build(self.folder / "base"))))
+
+    @cached_property
+    def bench(self) -> Bench:
+        bench = Bench.open(Workspace(self.folder / "home"))
+        bench.catalog.migrate()
+        return bench
+
+    @cached_property
+    def rows(self) -> list[SampleRow]:
+        """Six pictures that are wider than high, so that something of each is cut off."""
+        rows = []
+        for i, colour in enumerate([*COLOURS, "red"]):
+            side, path = self.member.side, self.folder / f"{i}.png"
+            draw(SHAPES[i], colour, side).resize((2 * side, side + 8)).save(path)
+            sha256 = self.bench.store.put_file(path).sha256
+            text, split = f"{SHAPES[i]}, {colour} sign", "test" if i == 0 else "train"
+            size = (2 * side, side + 8)
+            rows.append(SampleRow(sha256, sha256, path.name, text, None, str(i), split, *size, None, None, None, 1))
+        return rows
+
+    @cached_property
+    def cached(self) -> Product:
+        return cache_latents(self.bench, self.rows, self.base, self.member.side, lambda done, total: None)
+
+    @cached_property
+    def training(self) -> TrainingConfig:
+        keys = {
+            "rank": 2,
+            "lora_alpha": 3.0,
+            "learning_rate": 1e-2,
+            "max_train_steps": STEPS,
+            "train_batch_size": 2,
+            "resolution": self.member.side,
+            "checkpointing_steps": 2,
+            "validation_times": 2,
+            "preview_prompts": 1,
+            "caption_dropout_rate": 0.5,
+        }
+        body = {"name": "x", "data": {"sources": [{"path": "."}]}, "training": keys | self.member.training}
+        return parse_recipe(body, origin="the test").training
+
+    def fine_tune(self, work: str, stop_after: int | None = None) -> Product:
+        assert self.cached.items
+        events: list[dict[str, Any]] = []
+        return fine_tune(
+            self.bench,
+            self.rows,
+            self.base,
+            self.training,
+            self.member.side,
+            self.folder / work,
+            on_event=events.append,
+            should_stop=lambda: stop_after is not None and sum("loss" in event for event in events) >= stop_after,
+        )
+
+    @cached_property
+    def trained(self) -> Product:
+        return self.fine_tune("unbroken")
+
+    def stock(self) -> Any:
+        return self.base.architecture.load_pipeline(self.base.path, "cpu", torch.float32)
+
+    def ask(self, pipeline: Any, prompts: list[str], **options: Any) -> Any:
+        """What the stock pipeline draws, one step, without a second pass for guidance."""
+        return pipeline(
+            prompt=prompts,
+            num_inference_steps=1,
+            height=self.member.side,
+            width=self.member.side,
+            generator=torch.Generator().manual_seed(0),
+            **self.base.architecture.generation_options(pipeline, 1.0),
+            **({"output_type": "latent"} | options),
+        ).images
+
+
+@pytest.fixture(scope="module", params=MEMBERS)
+def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    return Trial(MEMBERS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def test_prompt_embeddings_are_those_of_the_stock_pipeline(trial: Trial):
+    family, base = trial.base.architecture, trial.base.path
+    ours = family.load_prompt_encoder(base, "cpu").encode(PROMPTS)
+    with torch.no_grad():
+        stock = trial.member.encode_prompt(trial.stock(), list(PROMPTS))
+    assert ours.keys() == stock.keys()
+    for name, tensor in stock.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_cached_embeddings_are_those_of_the_encoder_in_the_familys_precision(trial: Trial):
+    family, base, captions = trial.base.architecture, trial.base, [row.text for row in trial.rows[:3]]
+    assert trial.cached.facts["encoded_captions"] == len(trial.rows) + 1
+    keys = [caption_item(caption).key for caption in captions]
+    places = locate(trial.bench.catalog, prompt_encoder_key(base), keys)
+    cached = ShardReader(trial.bench.store, places)(keys)
+    exact = family.load_prompt_encoder(base.path, "cpu").encode(captions)
+    tolerance = 1e-6 if family.precision == "float32" else 2**-8
+    for name, tensor in exact.items():
+        assert cached[name].dtype == (getattr(torch, family.precision) if tensor.is_floating_point() else tensor.dtype)
+        torch.testing.assert_close(cached[name].to(tensor), tensor, rtol=tolerance, atol=1e-6)
+
+
+def test_the_stock_pipeline_decodes_our_latents_as_what_its_autoencoder_encoded(trial: Trial):
+    """Scaling, shift and packing, undone by the stock pipeline: what reaches its decoder is the encoder's own mean."""
+    family, base, pipeline = trial.base.architecture, trial.base, trial.stock()
+    sizes = training_buckets(base, trial.member.side)
+    pixels = pixels_of(trial.bench.store, [sample_item(row, sizes) for row in trial.rows[:2]])
+    encoded = family.load_pixel_encoder(base.path, "cpu").encode(pixels)
+    latents = family.scaled_latents(base.path)(encoded, torch.zeros)
+    assert latents.shape[1] == family.geometry(base.path).channels
+    seen: list[Tensor] = []
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda z, *args, **options: (seen.append(z), decode(z, *args, **options))[1]
+    final = {"latents": trial.member.pack(pipeline, latents)}
+    trial.ask(pipeline, PROMPTS[:2], output_type="pt", callback_on_step_end=lambda *args: final)
+    posterior = trial.member.encode_pixels(pipeline, pixels)
+    torch.testing.assert_close(seen[0], posterior, rtol=1e-5, atol=1e-5)
+
+
+def calls_of(module: Any, run: Callable[[], Any]) -> list[tuple[dict[str, Any], Tensor]]:
+    """Arguments by name, without those left at their defaults, and the output of every call of `module`."""
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    names = [name for name in parameters if name != "self"]
+
+    def record(module: Any, args: Any, options: Any, output: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | options
+        kept = {name: v for name, v in flat(given).items() if v is not None and name != "return_dict"}
+        calls.append((kept, output[0]))
+
+    with module.register_forward_hook(record, with_kwargs=True), torch.no_grad():
+        run()
+    return calls
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    inner = [(name, value) for name, value in values.items() if isinstance(value, dict)]
+    nested = {f"{name}.{key}": value for name, items in inner for key, value in items.items()}
+    return {name: value for name, value in values.items() if not isinstance(value, dict)} | nested
+
+
+def test_a_step_hands_the_denoiser_what_the_stock_pipeline_hands_it(trial: Trial):
+    family, base, pipeline, side = trial.base.architecture, trial.base, trial.stock(), trial.member.side
+    denoiser, times, prompts = getattr(pipeline, family.denoiser_part), [], PROMPTS[:2]
+
+    def note(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        times.append(timestep)
+        return {}
+
+    ((theirs, expected),) = calls_of(
+        denoiser, lambda: trial.ask(pipeline, list(prompts), callback_on_step_end=note)
+    )
+    framing = Framing((side, side), (0, 0), (side, side))
+    cond = family.load_prompt_encoder(base.path, "cpu").encode(prompts)
+    cond |= stacked([family.sample_condition(framing)] * len(prompts))
+    x_t = trial.member.unpack(pipeline, theirs[trial.member.x_t], side)
+    timestep = times[0].expand(len(prompts))
+    results: list[Tensor] = []
+    ((ours, output),) = calls_of(denoiser, lambda: results.append(family.denoise(denoiser, x_t, timestep, cond)))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        stock = torch.as_tensor(value)
+        torch.testing.assert_close(torch.as_tensor(ours[name]), stock.expand_as(torch.as_tensor(ours[name])), msg=name)
+    assert torch.equal(output, expected)
+    torch.testing.assert_close(results[0], trial.member.unpack(pipeline, expected, side))
+
+
+@pytest.mark.parametrize("preset", ["attention-mlp", "all"])
+def test_the_stock_pipeline_computes_with_the_adapter_what_the_trained_denoiser_does(
+    trial: Trial, preset: str, tmp_path: Path
+):
+    family, base = trial.base.architecture, trial.base
+    trained = family.load_denoiser(base.path, "cpu")
+    settings = TrainingConfig.model_validate({"targets": preset, "rank": 2, "lora_alpha": 5})
+    parameters = add_adapter(trained, family, settings)
+    with torch.no_grad():
+        for _, parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(adapter_bytes(trained, family))
+    pipeline = trial.stock()
+    denoiser = getattr(pipeline, family.denoiser_part)
+    ((arguments, before),) = calls_of(denoiser, lambda: trial.ask(pipeline, PROMPTS[:2]))
+    pipeline.load_lora_weights(tmp_path)
+    ((_, stock),) = calls_of(denoiser, lambda: trial.ask(pipeline, PROMPTS[:2]))
+    assert arguments and (stock - before).abs().max() > 1e-3
+    given = family.load_pipeline(base.path, "cpu", torch.float32, trained.eval())
+    ((_, ours),) = calls_of(trained, lambda: trial.ask(given, PROMPTS[:2]))
+    torch.testing.assert_close(stock, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_cached_and_trained_is_drawn_by_the_stock_pipeline_as_other_pictures(trial: Trial, tmp_path: Path):
+    product = trial.trained
+    assert product.facts["final_step"] == STEPS and "preview-3-0" in product.outputs
+    data = trial.bench.store.read(product.outputs["adapter"].sha256)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(data)
+    pipeline = trial.stock()
+    before = trial.ask(pipeline, PROMPTS[:1], output_type="pt")
+    pipeline.load_lora_weights(tmp_path)
+    after = trial.ask(pipeline, PROMPTS[:1], output_type="pt")
+    assert before.shape[-2:] == after.shape[-2:] == (trial.member.side, trial.member.side)
+    assert torch.isfinite(after).all() and (after - before).abs().max() > 1e-4
+
+
+def test_a_training_stopped_after_every_step_ends_with_the_bytes_of_an_unbroken_one(trial: Trial):
+    for _ in range(STEPS - 1):
+        with pytest.raises(Stopped):
+            trial.fine_tune("broken", stop_after=1)
+    broken = trial.fine_tune("broken").outputs
+    assert {name: ref.sha256 for name, ref in broken.items()} == {
+        name: ref.sha256 for name, ref in trial.trained.outputs.items()
+    }
