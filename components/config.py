@@ -33,6 +33,10 @@ class DataSource(Config):
     caption_lines: Literal["first", "whole"] = Field(
         default="first", description="What of a caption file is the caption."
     )
+    masks: str | None = Field(
+        default=None,
+        description='Where its masks are: "masklabel" (x-masklabel.png beside x.png), "alpha", or a folder of masks.',
+    )
 
 
 class DataConfig(Config):
@@ -164,6 +168,10 @@ class TrainingConfig(Config):
     caption_dropout_rate: float = Field(
         default=0.1, ge=0, lt=1, description="Share of steps that see the empty prompt."
     )
+    masked_loss: bool = Field(default=False, description="Weight the loss by the samples' masks.")
+    unmasked_weight: float = Field(
+        default=0.0, ge=0, lt=1, description="Weight of what a mask leaves out; 0: it does not count."
+    )
     checkpointing_steps: int = Field(default=100, ge=1, description="Steps between checkpoints.")
     validation_times: int = Field(default=8, ge=1, description="Stratified times of the fixed-noise validation loss.")
     validation_items: int = Field(
@@ -246,6 +254,7 @@ class TrainingConfig(Config):
             "alpha_pattern": ("adapter", WITH_RANKS),
             "loraplus_lr_ratio": ("adapter", FACTORED),
             "scale_weight_norms": ("adapter", FACTORED[:2]),
+            "unmasked_weight": ("masked_loss", (True,)),
             "mode_scale": ("timestep_sampling", ("mode",)),
             "snr_gamma": ("loss_weighting", ("none", "min_snr")),
             "p2_k": ("loss_weighting", ("p2",)),
@@ -341,7 +350,14 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None 
         body.setdefault("data", {})["sources"] = [{"path": str(data.resolve())}]
     recipe = parse_recipe(body, origin=str(path))
     sources = tuple(
-        source.model_copy(update={"path": str((path.parent / Path(source.path).expanduser()).resolve())})
+        source.model_copy(
+            update={
+                "path": str((path.parent / Path(source.path).expanduser()).resolve()),
+                "masks": source.masks
+                if source.masks in (None, "masklabel", "alpha")
+                else str((path.parent / Path(source.masks).expanduser()).resolve()),
+            }
+        )
         for source in recipe.data.sources
     )
     return recipe.model_copy(update={"data": DataConfig(sources=sources)})

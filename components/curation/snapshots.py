@@ -34,8 +34,9 @@ from components.curation.checks import (
     profile_of,
 )
 from components.curation.duplicates import duplicate_groups, near_duplicates
+from components.curation.masks import mask_png, read_mask, require_use
 from components.curation.pixels import decode
-from components.curation.sources import Item, hash_files, read_sources
+from components.curation.sources import Item, Problem, hash_files, read_sources
 from components.curation.splits import Member, Pair, assign_splits, component_name, join_components, prove_disjoint
 from components.errors import BadInput, DamagedArtifact
 from components.stages import Bench, Product, canonical_json, stage_key
@@ -59,6 +60,7 @@ class ScannedFile:
     item: Item
     sha256: str | None  # None: must not be opened, or cannot be
     bytes: int
+    mask_sha256: str | None = None  # of the file that holds its mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,12 @@ class Scan:
     def digest(self) -> str:
         """Names the content: files, captions and provenance, but neither the folder's place nor times."""
         rows = [[file.sha256, *(getattr(file.item, name) for name in _DIGESTED),
-                 asdict(file.item.problem) if file.item.problem else None] for file in self.files]
+                 asdict(file.item.problem) if file.item.problem else None,
+                 *([file.mask_sha256] if file.mask_sha256 else [])] for file in self.files]
         return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
-_DIGESTED = tuple(field.name for field in fields(Item) if field.name not in ("path", "problem"))
+_DIGESTED = tuple(field.name for field in fields(Item) if field.name not in ("path", "problem", "mask"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ class SampleRow:
     author: str | None
     source: str | None
     repeats: int
+    mask: str | None = None  # sha256 of a grey PNG of the picture's size
 
 
 MANIFEST_SCHEMA = pa.schema(
@@ -106,6 +110,7 @@ MANIFEST_SCHEMA = pa.schema(
     + [pa.field(name, pa.string()) for name in ("licence", "author", "source")]
     + [pa.field("repeats", pa.int32(), nullable=False)]
 )
+MASK_FIELD = pa.field("mask", pa.string())  # only in the manifest of a set that has masks
 VERDICT_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("file_name", "check", "decision")]
     + [pa.field("sha256", pa.string()), pa.field("score", pa.float64()), pa.field("threshold", pa.float64())]
@@ -119,13 +124,16 @@ def scan(bench: Bench, data: DataConfig, *, verify: bool = False) -> Scan:
     Raises BadInput for sources that are missing, empty, without pictures or without captions.
     """
     items = read_sources(data)
-    digests = hash_files(bench.catalog, [item.path for item in items if item.path is not None], verify=verify)
+    paths = {path: None for item in items for path in (item.path, item.mask) if path is not None}
+    digests = hash_files(bench.catalog, list(paths), verify=verify)
     files = []
     for item in items:
         found = digests.get(item.path) if item.path is not None else None
         problem = item.problem or (found.problem if found else None)
         sha256, size = (found.sha256, found.bytes) if found else (None, 0)
-        files.append(ScannedFile(replace(item, problem=problem), sha256, size))
+        mask = digests[item.mask] if item.mask is not None else None
+        problem = problem or (mask.problem if mask else None)
+        files.append(ScannedFile(replace(item, problem=problem), sha256, size, mask.sha256 if mask else None))
     return Scan(tuple(files), sum(found.hashed for found in digests.values()))
 
 
@@ -152,7 +160,8 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     """
     found = scanned or scan(bench, data)
     examined, decoded = _examine(bench, found.files, on_progress)
-    batch = _Batch(found.files, [examined.get(file.sha256) if file.sha256 else None for file in found.files])
+    files, masks = _read_masks(bench.store, found.files, examined)
+    batch = _Batch(files, [examined.get(file.sha256) if file.sha256 else None for file in files])
     profile = profile_of([facts for facts in batch.facts if isinstance(facts, ImageFacts)])
     batch.judge(check_rules(curation, training_size, count_tokens=count_tokens, profile=profile))
 
@@ -172,9 +181,10 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     _prove_disjoint(bench.store, batch, dict(zip(usable, splits, strict=True)), curation, profile)
 
     names = _component_names(members, components)
-    rows = sorted((_sample_row(batch, i, name, side) for i, name, side in zip(usable, names, splits, strict=True)
+    rows = sorted((_sample_row(batch, i, name, side, masks) for i, name, side in zip(usable, names, splits, strict=True)
                    if not batch.rejected(i)), key=lambda row: (row.split, row.file_name, row.sha256))
-    manifest = bench.store.put(_parquet([asdict(row) for row in rows], MANIFEST_SCHEMA))
+    schema = MANIFEST_SCHEMA.append(MASK_FIELD) if any(row.mask for row in rows) else MANIFEST_SCHEMA
+    manifest = bench.store.put(_parquet([asdict(row) for row in rows], schema))
     verdicts = bench.store.put(_parquet(batch.verdict_rows(), VERDICT_SCHEMA))
     profile_facts = _describe(batch, rows, curation, profile)
     snapshot = _record(bench, batch, rows, manifest, dataset=dataset, key=key, profile=profile_facts)
@@ -223,6 +233,26 @@ def _examine(bench: Bench, files: Sequence[ScannedFile], on_progress: OnProgress
             done, fresh = done + len(chunk), {}
             on_progress(done, len(distinct))
     return facts, decoded
+
+
+def _read_masks(store: Store, files: Sequence[ScannedFile],
+                examined: Mapping[str, Facts]) -> tuple[list[ScannedFile], dict[str, str]]:
+    """The files, those whose mask cannot be used with that problem, and the stored mask's sha256 by file name."""
+    problems, masks = {}, {}
+    for file in files:
+        facts, item = examined.get(str(file.sha256)), file.item
+        if item.mask is None or item.problem is not None or not isinstance(facts, ImageFacts):
+            continue
+        try:
+            mask = read_mask(item.mask.read_bytes(), alpha=item.mask == item.path)
+            require_use(mask, facts.width, facts.height)
+            masks[item.file_name] = store.put(mask_png(mask)).sha256
+        except BadInput as error:
+            problems[item.file_name] = Problem("mask", f"{item.mask.name}: {error}")
+    return [
+        replace(file, item=replace(file.item, problem=problems.get(file.item.file_name, file.item.problem)))
+        for file in files
+    ], masks
 
 
 def _is_done(store: Store, known: Facts | None, file: ScannedFile) -> bool:
@@ -446,14 +476,14 @@ def _prove_disjoint(store: Store, batch: _Batch, splits: Mapping[int, str], cura
 # writing down -------------------------------------------------------------------------------------------------------
 
 
-def _sample_row(batch: _Batch, i: int, component: str, split: str) -> SampleRow:
+def _sample_row(batch: _Batch, i: int, component: str, split: str, masks: Mapping[str, str]) -> SampleRow:
     file, facts = batch.files[i], batch.image(i)
     item = file.item
     return SampleRow(
         sha256=str(file.sha256), rgb_digest=facts.rgb_digest, file_name=item.file_name, text=item.caption,
         group=item.group, component=hashlib.sha256(component.encode()).hexdigest()[:16], split=split,
         width=facts.width, height=facts.height, licence=item.licence, author=item.author, source=item.source,
-        repeats=item.repeats)
+        repeats=item.repeats, mask=masks.get(item.file_name))
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

@@ -30,6 +30,7 @@ from components.curation.captions import (
     decode_text,
     read_caption,
 )
+from components.curation.masks import mask_folder, mask_path, masks_in
 from components.errors import BadInput
 from components.storage import sha256_of
 
@@ -69,6 +70,7 @@ class Item:
     source: str | None = None
     repeats: int = 1
     fallback: bool = False  # the caption is the folder's class tokens
+    mask: Path | None = None  # the file that says where the picture counts; the picture itself: its alpha channel
 
 
 def read_sources(data: DataConfig) -> list[Item]:
@@ -89,8 +91,8 @@ def read_sources(data: DataConfig) -> list[Item]:
 
 def read_folder(source: DataSource) -> list[Item]:
     """Every picture of one source folder, sorted by file name. Raises BadInput as `read_sources` does."""
-    root = _root_of(source)
-    entries = list(_files(root))
+    root, masks = _root_of(source), _masks_of(source)
+    entries = [(name, entry) for name, entry in _files(root) if masks is None or not entry.path.is_relative_to(masks)]
     pictures = {str(name): entry for name, entry in entries if _is_picture(name)}
     listed = _table_items(root, [entry for name, entry in entries if name.name in TABLE_NAMES])
     if not pictures and not listed:
@@ -106,7 +108,23 @@ def read_folder(source: DataSource) -> list[Item]:
         reason = next(item.problem.reason for item in items if item.problem)
         raise BadInput(f"{root}: none of its {len(items)} pictures has a caption that can be used ({reason}); "
                        "write captions to files such as a.txt beside a.png, or to metadata.jsonl")
+    if source.masks is not None:
+        found = masks_in(masks) if masks else {}
+        items = [
+            replace(item, mask=mask_path(source, item.path, item.file_name, found)) if item.path else item
+            for item in items
+        ]
+        if all(item.mask is None for item in items):
+            raise BadInput(f"{root}: none of its {len(items)} pictures has a mask where masks = {source.masks!r} says; "
+                           "give masks the pictures' names, or leave masks out")
     return [replace(item, licence=item.licence or source.licence) for item in items]
+
+
+def _masks_of(source: DataSource) -> Path | None:
+    folder = mask_folder(source)
+    if folder is not None and not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder of masks; give one, or masks = 'masklabel' or 'alpha'")
+    return folder
 
 
 def require_pictures(data: DataConfig) -> None:

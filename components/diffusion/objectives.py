@@ -58,22 +58,29 @@ class Objective:
         t: Tensor,
         noise: Tensor,
         seen_noise: Tensor | None = None,
+        cells: Tensor | None = None,
     ) -> Tensor:
-        """Weighted error per sample, (B,), at given times (B,) and noise (B, C, H, W); the model sees `seen_noise`."""
+        """Weighted error per sample, (B,), at given times (B,) and noise (B, C, H, W); the model sees `seen_noise`.
+
+        `cells` (B, 1, H, W) are factors on the squared error of each cell, whose mean stays over all of them.
+        """
         point = self.point(t)
         signal, sigma = (c.to(latents).view(-1, 1, 1, 1) for c in (point.signal, point.sigma))
         x_t = signal * latents + sigma * (noise if seen_noise is None else seen_noise)
         prediction = denoiser(x_t, point.timestep.to(latents.device), prompt_embeds)
-        error = (prediction - self.prediction.of(latents, noise, signal, sigma)).square().mean(dim=(1, 2, 3))
+        squares = (prediction - self.prediction.of(latents, noise, signal, sigma)).square()
+        error = (squares if cells is None else squares * cells).mean(dim=(1, 2, 3))
         return self.weight(point.snr).to(error) * error
 
-    def per_sample(self, denoiser: Denoiser, latents: Tensor, prompt_embeds: Any, draw: Drawing) -> Tensor:
+    def per_sample(
+        self, denoiser: Denoiser, latents: Tensor, prompt_embeds: Any, draw: Drawing, cells: Tensor | None = None
+    ) -> Tensor:
         """Weighted error per sample, (B,), at the times and with the noise that `draw` gives each sample."""
         noise = self.noise(draw.normal(latents.shape), draw)
         seen = self.input_noise(noise, draw)
         t = shifted(self.to_time(draw.uniform(len(latents))), self.shift(latents.shape))
         seen_noise = None if seen is noise else seen.to(latents)
-        return self.at(denoiser, latents, prompt_embeds, t, noise.to(latents), seen_noise)
+        return self.at(denoiser, latents, prompt_embeds, t, noise.to(latents), seen_noise, cells)
 
     def __call__(self, denoiser: Denoiser, batch: LatentBatch, draw: Drawing) -> Tensor:
         """The training loss: the mean of `per_sample`, a scalar."""

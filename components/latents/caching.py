@@ -13,6 +13,8 @@ from components.latents.keys import (
     NULL_PROMPT,
     Item,
     caption_item,
+    mask_encoder_key,
+    mask_item,
     pixel_encoder_key,
     prompt_encoder_key,
     sample_item,
@@ -28,6 +30,7 @@ def cache_latents(
     """Encode what is not yet encoded of a snapshot. The product's outputs are the shards; facts count the encodes."""
     sizes = training_buckets(base, resolution)
     images = [sample_item(row, sizes) for row in rows]
+    masks = [item for row in rows if (item := mask_item(row, sizes))]
     captions = [caption_item(text) for text in sorted({row.text for row in rows} | {NULL_PROMPT})]
     total, done = len({item.key for item in images}) + len(captions), 0
 
@@ -38,9 +41,11 @@ def cache_latents(
 
     encoded_captions = _encode_captions(bench, base, captions, advance)
     encoded_images = _encode_images(bench, base, images, advance)
+    _encode_masks(bench, base, masks)
     places = locate(bench.catalog, pixel_encoder_key(base), [item.key for item in images]) | locate(
         bench.catalog, prompt_encoder_key(base), [item.key for item in captions]
     )
+    places |= locate(bench.catalog, mask_encoder_key(base), [item.key for item in masks])
     index = bench.store.put(canonical_json({key: list(place) for key, place in sorted(places.items())}))
     per_bucket: dict[str, int] = defaultdict(int)
     for item in images:
@@ -80,11 +85,29 @@ def _encode_images(bench: Bench, base: BaseModel, items: list[Item], advance: Ca
             name: tensor.to(torch.float16) for name, tensor in encoder.encode(pixels_of(bench.store, batch)).items()
         }
 
-    count = 0
+    return _encode_by_bucket(bench, pixel_encoder_key(base), items, encode, advance)
+
+
+def _encode_masks(bench: Bench, base: BaseModel, items: list[Item]) -> None:
+    """Masks as weights in [0, 1] of latent cells: the mean of the pixels that a cell stands for, (B, 1, h, w)."""
+    downscale = base.architecture.geometry(base.path).downscale
+
+    def encode(batch: list[Item]) -> Tensors:
+        grey = (pixels_of(bench.store, batch)[:, :1] + 1) / 2
+        return {"mask": torch.nn.functional.avg_pool2d(grey, downscale).clamp(0, 1)}
+
+    _encode_by_bucket(bench, mask_encoder_key(base), items, encode, lambda count: None)
+
+
+def _encode_by_bucket(
+    bench: Bench,
+    encoder: str,
+    items: list[Item],
+    encode: Callable[[list[Item]], Tensors],
+    advance: Callable[[int], None],
+) -> int:
     by_bucket: dict[Bucket, list[Item]] = defaultdict(list)
     for item in items:
         assert item.bucket is not None
         by_bucket[item.bucket].append(item)
-    for bucket in sorted(by_bucket):
-        count += encode_missing(bench, pixel_encoder_key(base), by_bucket[bucket], encode, advance)
-    return count
+    return sum(encode_missing(bench, encoder, by_bucket[bucket], encode, advance) for bucket in sorted(by_bucket))

@@ -33,6 +33,13 @@ def image_item(sha256: str, rgb_digest: str, bucket: Bucket) -> Item:
     return Item(f"{rgb_digest}@{bucket.width}x{bucket.height}", sha256, bucket)
 
 
+def mask_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item | None:
+    """A sample's mask in the sample's bucket; None when it has none."""
+    if row.mask is None:
+        return None
+    return image_item(row.mask, row.mask, assign(row.width, row.height, sizes))
+
+
 def caption_item(caption: str) -> Item:
     return Item(hashlib.sha256(caption.encode()).hexdigest(), caption=caption)
 
@@ -47,6 +54,12 @@ def pixel_encoder_key(base: BaseModel) -> str:
             "version": ENCODING_VERSION,
         }
     )
+
+
+def mask_encoder_key(base: BaseModel) -> str:
+    """Everything that a mask in latent cells depends on besides its pixels and its bucket."""
+    downscale = base.architecture.geometry(base.path).downscale
+    return _key({"kind": "masks", "downscale": downscale, "version": ENCODING_VERSION})
 
 
 def prompt_encoder_key(base: BaseModel) -> str:

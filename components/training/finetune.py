@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,13 @@ from components.diffusion.noise import INPUT_NOISES, NOISES, chosen, white
 from components.diffusion.objectives import Objective, objective_from_scheduler
 from components.diffusion.timesteps import DENSITIES, shift_of
 from components.diffusion.weighting import weighting_of
-from components.errors import BadInput, LatentCacheMismatch, Stopped
+from components.errors import BadInput, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
 from components.families.bases import BaseModel
-from components.families.family import Framing
-from components.latents.encoding import ShardReader, Tensors, locate
-from components.latents.keys import (
-    NULL_PROMPT,
-    caption_item,
-    framing_of,
-    pixel_encoder_key,
-    prompt_encoder_key,
-    sample_item,
-    training_buckets,
-)
-from components.latents.ragged import replaced, stacked
+from components.latents.encoding import Tensors
+from components.latents.keys import NULL_PROMPT, caption_item
+from components.latents.ragged import replaced
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
 from components.tensors import default_device, to_safetensors
@@ -50,66 +41,13 @@ from components.training.ema import ExponentialAverage
 from components.training.loop import StepReport, fit
 from components.training.optimizers import OPTIMIZERS, averaged
 from components.training.order import batches_from
+from components.training.samples import CachedSamples, LatentBatch, cached_samples
 from components.training.schedules import learning_rate_at
 from components.training.validation import log_mean_ratio, validation_losses
 
 PREVIEW_STEPS = 12  # sampler steps of a preview: a look, not a measurement
 PREVIEW_GUIDANCE = 4.0
 Event = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class LatentBatch:
-    """Rows of the cache: what the family caches of pictures, conditioning tensors (B, ...), one id per row."""
-
-    sample_ids: tuple[str, ...]
-    cached: Tensors
-    cond: Tensors
-
-
-@dataclass(frozen=True, slots=True)
-class CachedSamples:
-    """A split's samples with the readers that fetch their latents and captions by content, never by position."""
-
-    rows: tuple[SampleRow, ...]
-    latent_keys: tuple[str, ...]
-    latents: ShardReader
-    prompts: ShardReader
-    framings: tuple[Framing, ...]
-    sample_condition: Callable[[Framing], Tensors]
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(row.sha256 for row in self.rows)
-
-    def batch(self, positions: Sequence[int]) -> LatentBatch:
-        rows = [self.rows[i] for i in positions]
-        return LatentBatch(
-            tuple(row.sha256 for row in rows),
-            self.latents([self.latent_keys[i] for i in positions]),
-            self.prompts([caption_item(row.text).key for row in rows])
-            | stacked([self.sample_condition(self.framings[i]) for i in positions]),
-        )
-
-
-def cached_samples(bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int) -> CachedSamples:
-    """Readers over `rows`. Raises LatentCacheMismatch when a latent or an embedding is not in the cache."""
-    sizes = training_buckets(base, resolution)
-    keys = tuple(sample_item(row, sizes).key for row in rows)
-    captions = [caption_item(text).key for text in {row.text for row in rows} | {NULL_PROMPT}]
-    latents = locate(bench.catalog, pixel_encoder_key(base), keys)
-    prompts = locate(bench.catalog, prompt_encoder_key(base), captions)
-    missing = len(set(keys) - set(latents)) + len(set(captions) - set(prompts))
-    if missing:
-        raise LatentCacheMismatch(f"{missing} items are not in the latent cache; run the caching stage again")
-    return CachedSamples(
-        tuple(rows),
-        keys,
-        ShardReader(bench.store, latents),
-        ShardReader(bench.store, prompts),
-        tuple(framing_of(row, sizes) for row in rows),
-        base.architecture.sample_condition,
-    )
 
 
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
@@ -144,9 +82,15 @@ def fine_tune(
     the loss is not finite.
     """
     repeated = [row for row in rows if row.split == "train" for _ in range(row.repeats)]
-    train = cached_samples(bench, repeated, base, resolution)
+    if training.masked_loss and not any(row.mask for row in repeated):
+        raise BadInput(
+            "training.masked_loss is set, but no training picture has a mask; say where they are with masks in "
+            "[[data.sources]]"
+        )
+    train = cached_samples(bench, repeated, base, resolution, masked=training.masked_loss)
     held_out_rows = [row for row in rows if row.split == "test"]
-    held_out = cached_samples(bench, _spread(held_out_rows, training.validation_items), base, resolution)
+    shown = _spread(held_out_rows, training.validation_items)
+    held_out = cached_samples(bench, shown, base, resolution, masked=training.masked_loss)
     if not train.rows:
         raise BadInput("the train split is empty; lower curation.test_fraction or add pictures")
     splits = train, held_out, held_out_rows
@@ -257,7 +201,16 @@ class _FineTuning:
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
         cond = self._on_device(replaced(batch.cond, dropped, self.null))
-        return self.objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).mean()
+        latents = self._latents(batch, draw)
+        return self.objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents)).mean()
+
+    def _cells(self, batch: LatentBatch, latents: Tensor) -> Tensor | None:
+        """Factors (B, 1, h, w) on the error of the latents' cells, a family's packed ones included."""
+        if batch.mask is None:
+            return None
+        floor, (height, width) = self.training.unmasked_weight, latents.shape[-2:]
+        mask = torch.nn.functional.adaptive_avg_pool2d(batch.mask, (height, width))
+        return (floor + (1 - floor) * mask).to(latents)
 
     def _report(self, report: StepReport) -> None:
         now = time.monotonic()
@@ -343,7 +296,8 @@ class _FineTuning:
         def per_sample(positions: Sequence[int], draw: Any) -> Tensor:
             batch = self.held_out.batch(positions)
             cond = self._on_device(batch.cond)
-            return objective.per_sample(self._denoise, self._latents(batch, draw), cond, draw).cpu()
+            latents = self._latents(batch, draw)
+            return objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents)).cpu()
 
         losses = validation_losses(per_sample, self.held_out.ids, self.training.validation_times)
         self.denoiser.train()
