@@ -20,6 +20,7 @@ EMBEDDED = Path(__file__).parents[1] / "base" / "embedded"
 HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 IGNORED = (".md", ".png", ".jpg", ".gitattributes", ".part")
 WEIGHTS = "*.safetensors"
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # whose classes an index may name
 NEEDED = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}  # by how a part's name begins
 NEEDED_OF_A_MODEL = ("config.json", WEIGHTS)
 
@@ -70,6 +71,11 @@ def find_base(config: BaseModelConfig) -> tuple[Path, str]:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise BaseModelError(f"{path}: is a {name!r}, expected one of {known}; choose another base")
+    own = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] not in (None, *LIBRARIES)]
+    if own:
+        raise BaseModelError(
+            f"{path}: brings code of its own for {', '.join(own)}, which is never run; use a base of stock classes"
+        )
     parts = _parts(family, index)
     missing = [part for part in parts if not (path / part).is_dir()]
     if missing:

@@ -21,6 +21,7 @@ def fetch_pipeline(model: str, revision: str | None) -> Path:
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -42,6 +43,10 @@ def fetch_pipeline(model: str, revision: str | None) -> Path:
         raise BaseModelError(
             f"base model {model!r}: the hub has no such model, or it is private; "
             "correct base.model, or set HF_TOKEN to a token that may read it"
+        ) from None
+    except RemoteEntryNotFoundError:
+        raise BaseModelError(
+            f"base model {model!r}: has no model_index.json, so it is no diffusers pipeline; choose one in that layout"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
