@@ -93,6 +93,7 @@ def demo(as_json: AsJson = False) -> None:
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the recipe goes.")] = Path(),
+    recipe: Annotated[str | None, typer.Option(help="Start from a packaged recipe, such as sdxl or flux1-dev.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +102,7 @@ def init(
         from flows.starter import write_starter_recipe
 
         bench = _open_bench()
-        path = write_starter_recipe(folder, force=force)
+        path = write_starter_recipe(folder, name=recipe, force=force)
         reporter.finish(
             {"schema": SCHEMA, "status": "completed", "recipe": str(path), "home": str(bench.workspace.home)},
             lambda: reporter.say(f"wrote {path}\nworkspace {bench.workspace.home}\nnext: safelight plan {path}"),

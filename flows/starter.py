@@ -1,5 +1,6 @@
-"""`safelight init`: a commented recipe to start from, generated from the descriptions in components/config.py."""
+"""`safelight init`: a commented recipe to start from, one of those packaged here or every key with its default."""
 
+import difflib
 import json
 from pathlib import Path
 from types import NoneType
@@ -15,22 +16,38 @@ from components.storage import atomic_write
 
 FILE_NAME = "recipe.toml"
 PLACEHOLDER = "my-style"
+PICTURES = "pictures"  # the folder beside a recipe that its pictures are expected in
+RECIPES = Path(__file__).parent / "recipes"
 WIDTH = 30  # column at which the comments begin
 
 
-def write_starter_recipe(folder: Path, *, force: bool = False) -> Path:
+def write_starter_recipe(folder: Path, *, name: str | None = None, force: bool = False) -> Path:
     """Write `recipe.toml` into `folder`, which becomes its own data source when pictures lie in it.
 
-    Raises BadInput when there is a recipe already, unless `force`.
+    `name` is a packaged recipe's. Raises BadInput when there is none of that name, or a recipe already, unless `force`.
     """
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file, expected a folder")
     path = folder / FILE_NAME
     if path.exists() and not force:
         raise BadInput(f"{path}: is there already; edit it, or pass --force to overwrite it")
+    source = "." if _holds_pictures(folder) else PICTURES
+    text = starter_recipe(source=source) if name is None else packaged_recipe(name, source=source)
     with atomic_write(path) as file:
-        file.write(starter_recipe(source="." if _holds_pictures(folder) else "pictures").encode())
+        file.write(text.encode())
     return path
+
+
+def packaged_recipe(name: str, *, source: str) -> str:
+    """The text of a recipe of flows/recipes with its own data source. Raises BadInput, naming those that there are."""
+    known = {path.stem: path for path in RECIPES.glob("*.toml")}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise BadInput(
+            f"--recipe {name}: no such packaged recipe; " + (f"did you mean {near[0]}? " if near else "")
+            + f"there are {', '.join(sorted(known))}"
+        )
+    return known[name].read_text(encoding="utf-8").replace(f'path = "{PICTURES}"', f'path = "{source}"')
 
 
 def starter_recipe(*, source: str) -> str:

@@ -56,6 +56,7 @@ class Member:
     encode_prompt: Callable[[Any, list[str]], dict[str, torch.Tensor]]  # the stock pipeline's, by our tensors' names
     side: int = 32  # pixels of a training picture
     training: dict[str, Any] = field(default_factory=dict)  # settings that the family's recipe has
+    recipes: tuple[str, ...] = ()  # packaged ones that train a base of this kind
     x_t: str = "hidden_states"  # the denoiser's argument that is the noisy latents
     encode_pixels: Callable[[Any, torch.Tensor], torch.Tensor] = posterior_mean  # as the pipeline's decoder takes them
     pack: Callable[[Any, torch.Tensor], torch.Tensor] = as_it_is  # latents to the pipeline's layout
@@ -267,11 +268,11 @@ FLUX: dict[str, Any] = {
     "unpack": _flux_unpack,
 }
 MEMBERS = {
-    "sd1": Member(tiny_stable_diffusion, _sd, x_t="sample"),
-    "sd2": Member(stable_diffusion_2, _sd, x_t="sample"),
-    "sdxl": Member(stable_diffusion_xl, _sdxl, x_t="sample"),
-    "sd3": Member(stable_diffusion_3, _sd3, training=SHIFTED),
+    "sd1": Member(tiny_stable_diffusion, _sd, x_t="sample", recipes=("sd15",)),
+    "sd2": Member(stable_diffusion_2, _sd, x_t="sample", recipes=("sd21",)),
+    "sdxl": Member(stable_diffusion_xl, _sdxl, x_t="sample", recipes=("sdxl", "sdxl-80gb")),
+    "sd3": Member(stable_diffusion_3, _sd3, training=SHIFTED, recipes=("sd35-medium", "sd35-large")),
     "sd3-without-t5": Member(stable_diffusion_3_without_t5, _sd3, training=SHIFTED),
-    "flux1-dev": Member(flux, **FLUX),
-    "flux1-schnell": Member(flux_schnell, **FLUX),
+    "flux1-dev": Member(flux, recipes=("flux1-dev",), **FLUX),
+    "flux1-schnell": Member(flux_schnell, recipes=("flux1-schnell",), **FLUX),
 }

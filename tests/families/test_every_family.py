@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.config import BaseModelConfig, TrainingConfig, parse_recipe
+from components.config import BaseModelConfig, TrainingConfig, load_recipe, parse_recipe
 from components.curation.snapshots import SampleRow
 from components.errors import Stopped
 from components.families.bases import BaseModel, resolve_base
@@ -22,8 +22,9 @@ from components.latents.keys import caption_item, prompt_encoder_key, sample_ite
 from components.latents.ragged import stacked
 from components.stages import Bench, Product
 from components.training.adapters import adapter_bytes, add_adapter
-from components.training.finetune import fine_tune
+from components.training.finetune import fine_tune, objective_of
 from components.workspace import Workspace
+from flows.demo import RECIPE
 from tests.families.members import MEMBERS, Member
 from tests.pictures import COLOURS, SHAPES, draw
 
@@ -159,6 +160,20 @@ def test_the_stock_pipeline_decodes_our_latents_as_what_its_autoencoder_encoded(
     trial.ask(pipeline, PROMPTS[:2], output_type="pt", callback_on_step_end=lambda *args: final)
     posterior = trial.member.encode_pixels(pipeline, pixels)
     torch.testing.assert_close(seen[0], posterior, rtol=1e-5, atol=1e-5)
+
+
+def test_the_packaged_recipes_suit_a_base_of_their_family(trial: Trial):
+    """Prediction, weighting and shift agree with its scheduler, and the preset names layers that it has."""
+    family, base = trial.base.architecture, trial.base
+    for name in trial.member.recipes:
+        training = load_recipe(RECIPE.parent / f"{name}.toml").training
+        assert objective_of(base, training).prediction.name in ("epsilon", "v_prediction", "flow_prediction")
+        assert add_adapter(family.load_denoiser(base.path, "cpu"), family, training)
+
+
+def test_every_packaged_recipe_has_a_family_here():
+    covered = [name for member in MEMBERS.values() for name in member.recipes]
+    assert sorted([*covered, RECIPE.stem]) == sorted(path.stem for path in RECIPE.parent.glob("*.toml"))
 
 
 def calls_of(module: Any, run: Callable[[], Any]) -> list[tuple[dict[str, Any], Tensor]]:

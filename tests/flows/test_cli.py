@@ -149,6 +149,14 @@ def test_init_writes_a_recipe_whose_comments_are_the_defaults(shell: Shell, tmp_
     assert shell("init", str(tmp_path / "new"), "--force") == 0
 
 
+def test_init_writes_a_packaged_recipe_with_the_folder_as_its_source(shell: Shell, tmp_path: Path):
+    write_pictures(tmp_path / "signs")
+    recipe = load_recipe(Path(shell.document("init", str(tmp_path / "signs"), "--recipe", "sdxl")["recipe"]))
+    assert recipe.base.model == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert recipe.data.sources[0].path == str((tmp_path / "signs").resolve())
+    assert shell("init", str(tmp_path / "other"), "--recipe", "sdlx") == 2 and "did you mean sdxl?" in shell.err
+
+
 def test_a_folder_of_pictures_becomes_its_own_source(shell: Shell, tmp_path: Path):
     write_pictures(tmp_path / "signs")
     path = Path(shell.document("init", str(tmp_path / "signs"))["recipe"])
