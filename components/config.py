@@ -178,8 +178,17 @@ class TrainingConfig(Config):
         default=96, ge=1, description="Held-out samples that the validation loss uses at most."
     )
     preview_prompts: int = Field(default=8, ge=0, description="Fixed prompts drawn at every checkpoint.")
-    mixed_precision: Literal["auto", "no", "bf16"] = Field(
-        default="auto", description="auto: bf16 on CUDA, none on the CPU."
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        default="auto",
+        description="auto: bf16 on CUDA, none on the CPU; fp16: with a loss scale, for older GPUs.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward pass: less memory, a third more time."
+    )
+    num_processes: int = Field(
+        default=1,
+        ge=1,
+        description="Processes on this host, each with its own batches, and its own GPU if there are.",
     )
 
     @field_validator("targets", mode="before")

@@ -37,6 +37,10 @@ class TrainingDiverged(SafelightError):
     """The loss, a gradient or a latent is not finite."""
 
 
+class OutOfMemory(SafelightError):
+    """Not even one sample at a time fits into the device's memory."""
+
+
 class StorageFull(SafelightError):
     """A write failed for lack of space; nothing half-written is left behind."""
 

@@ -22,7 +22,15 @@ from flows.tracking import recovery
 from flows.tracking.tracker import Tracker, open_tracker
 
 PROGRESS_EVERY_S = 0.5
-SERIES = {"loss", "learning_rate", "grad_norm", "images_per_second", "validation_loss", "validation_ratio"}
+SERIES = {
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "skipped_steps",
+    "images_per_second",
+    "validation_loss",
+    "validation_ratio",
+}
 OnEvent = Callable[[dict[str, Any]], None]
 
 

@@ -34,7 +34,8 @@ def plan(bench: Bench, recipe: Recipe) -> dict[str, Any]:
     per_bucket = Counter(bucket for bucket, _ in placed)
     stages = _stages(bench, recipe, pictures=len(placed))
     training = recipe.training
-    samples = training.max_train_steps * training.train_batch_size * training.gradient_accumulation_steps
+    batches = training.gradient_accumulation_steps * training.num_processes
+    samples = training.max_train_steps * training.train_batch_size * batches
     expected = [stage["expected_seconds"] for stage in stages]
     return {
         "name": recipe.name,

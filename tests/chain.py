@@ -39,7 +39,8 @@ class Chain:
     def base(self) -> BaseModel:
         return resolve_base(BaseModelConfig(model=str(self.base_path)))
 
-    def curate(self, recipe: Recipe) -> list[SampleRow]:
+    def snapshot(self, recipe: Recipe) -> str:
+        """The digest of the recipe's snapshot."""
         size = training_size(self.base(), recipe.training)
         key, scanned = curate_key(self.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size)
         result = ensure(
@@ -56,7 +57,10 @@ class Chain:
                 key=key,
             ),
         )
-        return read_manifest(self.bench.store, result.product.facts["digest"])
+        return result.product.facts["digest"]
+
+    def curate(self, recipe: Recipe) -> list[SampleRow]:
+        return read_manifest(self.bench.store, self.snapshot(recipe))
 
     def cache(self, recipe: Recipe) -> Product:
         """Always asks the caching stage itself, so that its counts of encodes can be looked at."""

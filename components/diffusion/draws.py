@@ -7,7 +7,7 @@ what was drawn before, so a resumed run repeats an unbroken one, and worker coun
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Draw:
     sample_ids: tuple[str, ...]
     earlier: tuple[str, ...] = ()  # samples of this step's batches before this one, when gradients are accumulated
     stratified: tuple[str, ...] = ()  # purposes whose uniform numbers lie one in each of B equal strata, in order
+    place: int = 0  # of the first row in its batch, when these are `rows` of one
+    batch_size: int | None = None  # of that batch; None: this is all of it
 
     def normal(self, shape: Sequence[int], purpose: str = "noise") -> Tensor:
         """Standard normal numbers of `shape` (B, ...), float32 on the CPU, where B = len(sample_ids).
@@ -36,8 +38,19 @@ class Draw:
         self._check(size)
         unit = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(purpose)])
         if purpose in self.stratified:
-            unit = (torch.arange(size, dtype=unit.dtype) + unit) / size
+            stratum = torch.arange(self.place, self.place + size, dtype=unit.dtype)
+            unit = (stratum + unit) / (self.batch_size or size)
         return unit.clamp(2**-53, 1 - 2**-53)
+
+    def rows(self, start: int, stop: int) -> "Draw":
+        """The draw of rows `start` to `stop - 1` alone: the same numbers as in the whole batch."""
+        return replace(
+            self,
+            sample_ids=self.sample_ids[start:stop],
+            earlier=self.earlier + self.sample_ids[:start],
+            place=self.place + start,
+            batch_size=self.batch_size or len(self.sample_ids),
+        )
 
     def _check(self, size: int) -> None:
         if size != len(self.sample_ids):

@@ -22,6 +22,9 @@ class PixelBatch:
     sample_ids: tuple[str, ...]
     pixels: Tensor
 
+    def __getitem__(self, rows: slice) -> "PixelBatch":
+        return PixelBatch(self.sample_ids[rows], self.pixels[rows])
+
 
 def new_autoencoder(channels: tuple[int, ...] = (16, 32, 64, 128), latent_channels: int = 8) -> AutoencoderKL:
     """An untrained AutoencoderKL that makes 64x64 px into (8, 8, 8) latents; without attention, so any size works."""

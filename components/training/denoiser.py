@@ -26,6 +26,9 @@ class CaptionedLatents:
     pictures: tuple[Picture, ...]
     latents: Tensor  # (B, C, H, W)
 
+    def __getitem__(self, rows: slice) -> "CaptionedLatents":
+        return CaptionedLatents(self.sample_ids[rows], self.pictures[rows], self.latents[rows])
+
 
 class TextToLatents(nn.Module):
     """Text encoder and U-Net as one trainable module."""
@@ -93,9 +96,7 @@ def denoising_loss(
     return objective.per_sample(model, batch.latents, model.prompt_embeds(prompts), draw).mean()
 
 
-def fixed_noise_loss(
-    model: TextToLatents, objective: Objective, rows: Sequence[Picture], latents: Tensor
-) -> float:
+def fixed_noise_loss(model: TextToLatents, objective: Objective, rows: Sequence[Picture], latents: Tensor) -> float:
     """The objective with the same noise and evenly spread times at every call: comparable over a run."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator).to(latents)

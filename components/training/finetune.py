@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -38,16 +39,24 @@ from components.training.checkpoints import (
     save_checkpoint,
 )
 from components.training.ema import ExponentialAverage
+from components.training.gradients import LossScaler, Passes
 from components.training.loop import StepReport, fit
 from components.training.optimizers import OPTIMIZERS, averaged
 from components.training.order import batches_from
-from components.training.samples import CachedSamples, LatentBatch, cached_samples
+from components.training.processes import ALONE, Processes
+from components.training.samples import CachedSamples, LatentBatch, Positions, cached_samples
 from components.training.schedules import learning_rate_at
 from components.training.validation import log_mean_ratio, validation_losses
 
 PREVIEW_STEPS = 12  # sampler steps of a preview: a look, not a measurement
 PREVIEW_GUIDANCE = 4.0
 Event = Callable[[dict[str, Any]], None]
+PRECISIONS: dict[str, Callable[[str], torch.dtype]] = {  # training.mixed_precision -> of a device
+    "auto": lambda device: torch.bfloat16 if device == "cuda" else torch.float32,
+    "no": lambda _: torch.float32,
+    "bf16": lambda _: torch.bfloat16,
+    "fp16": lambda _: torch.float16,
+}
 
 
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
@@ -74,9 +83,11 @@ def fine_tune(
     *,
     on_event: Event,
     should_stop: Callable[[], bool],
+    processes: Processes = ALONE,
 ) -> Product:
     """Train an adapter on the train split, resuming from `work_dir`'s newest complete checkpoint.
 
+    Of several `processes` the first makes the product and tells of it, the others only help to make the gradients.
     Outputs: "adapter", "adapter-<step>" per checkpoint, "log" (JSON lines), "validation" (losses (N, T) of base and of
     every checkpoint), "preview-<step>-<i>". Raises Stopped after SIGTERM with a checkpoint saved, TrainingDiverged when
     the loss is not finite.
@@ -94,7 +105,7 @@ def fine_tune(
     if not train.rows:
         raise BadInput("the train split is empty; lower curation.test_fraction or add pictures")
     splits = train, held_out, held_out_rows
-    return _FineTuning(bench, base, training, resolution, *splits, work_dir, on_event, should_stop)()
+    return _FineTuning(bench, base, training, resolution, *splits, work_dir, on_event, should_stop, processes)()
 
 
 def _spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
@@ -119,16 +130,22 @@ class _FineTuning:
         work_dir: Path,
         on_event: Event,
         should_stop: Callable[[], bool],
+        processes: Processes,
     ):
         self.bench, self.base, self.training, self.resolution = bench, base, training, resolution
         self.train, self.held_out, self.work_dir = train, held_out, work_dir
-        self.on_event, self.should_stop = on_event, should_stop
+        self.on_event, self.should_stop, self.processes = on_event, should_stop, processes
         self.family, self.device = base.architecture, default_device()
+        self.precision = PRECISIONS[training.mixed_precision](self.device)
+        self.passes, self.scaler = Passes(), LossScaler(self.device, enabled=self.precision is torch.float16)
         self.scaled_latents = self.family.scaled_latents(base.path)
         self.objective = objective_of(base, training)
-        self.dtype = self.family.dtype(self.device) if self._bf16() else torch.float32  # of what does not train
+        bf16 = self.precision is torch.bfloat16
+        self.dtype = self.family.dtype(self.device) if bf16 else torch.float32  # of what does not train
         self.denoiser = self.family.load_denoiser(base.path, self.device, self.dtype)
         self.parameters = add_adapter(self.denoiser, self.family, training)
+        if training.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
         self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
         if (limit := training.scale_weight_norms) is not None:
             self.optimizer.register_step_post_hook(lambda *_: limit_norms(self.denoiser, limit))
@@ -145,15 +162,15 @@ class _FineTuning:
     def __call__(self) -> Product:
         training = self.training
         start = self.saved = self._resume()
-        if start == 0 and self.held_out.rows:
+        self.processes.require_same("checkpoint to go on from", start)
+        if start == 0 and self.held_out.rows and self.processes.first:
             self.losses["base"] = self._validate()
         self.denoiser.train()
-        positions = batches_from(
-            start * training.gradient_accumulation_steps, self.train.ids, training.train_batch_size, seed=training.seed
-        )
+        done_batches = start * training.gradient_accumulation_steps * self.processes.count
+        positions = batches_from(done_batches, self.train.ids, training.train_batch_size, seed=training.seed)
         done = fit(
             [parameter for _, parameter in self.parameters],
-            map(self.train.batch, positions),
+            map(self.train.at, positions),
             self._loss,
             self.optimizer,
             learning_rate_at(
@@ -168,6 +185,9 @@ class _FineTuning:
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             max_grad_norm=training.max_grad_norm,
             ema=self.ema,
+            passes=self.passes,
+            scaler=self.scaler,
+            processes=self.processes,
             on_step=self._report,
             on_checkpoint=self._checkpoint,
             checkpointing_steps=training.checkpointing_steps,
@@ -175,6 +195,8 @@ class _FineTuning:
         )
         if done < training.max_train_steps:
             raise Stopped(f"stopped after step {done} of {training.max_train_steps}; run the same command to continue")
+        if not self.processes.first:
+            return Product({})
         product = self._product()
         shutil.rmtree(self.work_dir, ignore_errors=True)
         return product
@@ -182,13 +204,8 @@ class _FineTuning:
     # one step ---------------------------------------------------------------------------------------------------------
 
     def _denoise(self, x_t: Tensor, timestep: Tensor, cond: Tensors) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self._bf16()):
+        with torch.autocast(self.device, self.precision, enabled=self.precision is not torch.float32):
             return self.family.denoise(self.denoiser, x_t.to(self.device), timestep.to(self.device), cond).float()
-
-    def _bf16(self) -> bool:
-        return self.training.mixed_precision == "bf16" or (
-            self.training.mixed_precision == "auto" and self.device == "cuda"
-        )
 
     def _latents(self, batch: LatentBatch, draw: Any) -> Tensor:
         return self.scaled_latents(batch.cached, lambda shape: draw.normal(shape, "posterior")).to(self.device)
@@ -196,8 +213,9 @@ class _FineTuning:
     def _on_device(self, cond: Tensors) -> Tensors:
         return {name: (c.float() if c.is_floating_point() else c).to(self.device) for name, c in cond.items()}
 
-    def _loss(self, batch: LatentBatch, draw: Draw) -> Tensor:
+    def _loss(self, rows: Positions, draw: Draw) -> Tensor:
         """Scalar. Captions are dropped per sample, at load time, so no cache holds a dropped one."""
+        batch = self.train.batch(rows.positions)
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
         cond = self._on_device(replaced(batch.cond, dropped, self.null))
@@ -213,15 +231,20 @@ class _FineTuning:
         return (floor + (1 - floor) * mask).to(latents)
 
     def _report(self, report: StepReport) -> None:
+        if not self.processes.first:
+            return
         now = time.monotonic()
         rate = report.samples / max(now - self.last_report, 1e-9)
         self.last_report = now
         line = {
             "step": report.step + 1,
             "loss": report.loss,
-            "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
         }
+        if math.isfinite(report.grad_norm):
+            line["grad_norm"] = report.grad_norm
+        else:  # JSON has no infinity, and a skipped step no gradient
+            line["skipped_steps"] = self.scaler.skipped
         self.log.append(line)
         self.on_event({"event": "metrics", **line, "images_per_second": rate})
         self.on_event({"event": "progress", "done": report.step + 1, "total": self.training.max_train_steps})
@@ -230,7 +253,7 @@ class _FineTuning:
 
     def _checkpoint(self, step: int) -> None:
         """Called after every `checkpointing_steps`, at the end (perhaps the same step once more) and when stopped."""
-        if step == self.saved:
+        if step == self.saved or not self.processes.first:
             return
         self.saved = step
         if step not in self.adapters and (
@@ -249,6 +272,8 @@ class _FineTuning:
             },
             {
                 "optimizer": optimizer_numbers(self.optimizer),
+                "scaler": self.scaler.state(),
+                "pass_size": self.passes.size,
                 "log": self.log,
                 "adapters": {str(s): [ref.sha256, ref.bytes] for s, ref in self.adapters.items()},
                 "previews": {name: [ref.sha256, ref.bytes] for name, ref in self.previews.items()},
@@ -282,6 +307,8 @@ class _FineTuning:
         restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.facts["optimizer"])
         if self.ema:
             self.ema.load(checkpoint.tensors["ema"])
+        self.scaler.load(checkpoint.facts["scaler"])
+        self.passes.size = checkpoint.facts["pass_size"]
         self.losses, self.log = checkpoint.tensors.get("losses", {}), checkpoint.facts["log"]
         self.adapters = {int(step): ObjectRef(*ref) for step, ref in checkpoint.facts["adapters"].items()}
         self.previews = {name: ObjectRef(*ref) for name, ref in checkpoint.facts["previews"].items()}

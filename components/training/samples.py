@@ -40,6 +40,17 @@ class LatentBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Positions:
+    """A batch as places in `CachedSamples`: only the process and the pass that need its tensors read them."""
+
+    positions: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+
+    def __getitem__(self, rows: slice) -> "Positions":
+        return Positions(self.positions[rows], self.sample_ids[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class CachedSamples:
     """A split's samples with the readers that fetch their latents and captions by content, never by position."""
 
@@ -55,6 +66,9 @@ class CachedSamples:
     @property
     def ids(self) -> tuple[str, ...]:
         return tuple(row.sha256 for row in self.rows)
+
+    def at(self, positions: Sequence[int]) -> Positions:
+        return Positions(tuple(positions), tuple(self.rows[i].sha256 for i in positions))
 
     def batch(self, positions: Sequence[int]) -> LatentBatch:
         rows = [self.rows[i] for i in positions]

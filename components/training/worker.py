@@ -96,20 +96,30 @@ def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
 
 
 def _fine_tune(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    """A request with a rank comes from the first process of the training, which alone is told what happens."""
     from components.curation.snapshots import read_manifest
     from components.families.bases import resolve_base
     from components.training.finetune import fine_tune
+    from components.training.processes import joined, started
 
-    return fine_tune(
-        bench,
-        read_manifest(bench.store, request["snapshot"]),
-        resolve_base(BaseModelConfig(**request["base"])),
-        TrainingConfig(**request["training"]),
-        request["resolution"],
-        bench.workspace.work_dir(request["key"]),
-        on_event=emit,
-        should_stop=_stop.is_set,
-    )
+    training, work_dir = TrainingConfig(**request["training"]), bench.workspace.work_dir(request["key"])
+    if rank := request.get("rank"):
+        emit({"event": "ready"})
+        meeting = joined(rank, training.num_processes, work_dir)
+    else:
+        meeting = started(request, training.num_processes, work_dir, _stop.is_set)
+    with meeting as processes:
+        return fine_tune(
+            bench,
+            read_manifest(bench.store, request["snapshot"]),
+            resolve_base(BaseModelConfig(**request["base"])),
+            training,
+            request["resolution"],
+            work_dir,
+            on_event=emit,
+            should_stop=_stop.is_set,
+            processes=processes,
+        )
 
 
 def _evaluate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:

@@ -65,3 +65,12 @@ def test_stratified_numbers_are_a_function_of_seed_step_and_batch_and_stay_unifo
     u = torch.cat([draws(step, [f"{step}/{i}" for i in range(16)]).uniform(16) for step in range(100)])
     assert abs(u.mean() - 0.5) < 0.002 and abs(u.var() - 1 / 12) < 0.002  # a 16th of the usual error
     assert u.min() > 0 and u.max() < 1
+
+
+def test_rows_of_a_draw_are_the_rows_of_its_numbers():
+    """Also in strata, with a sample that comes twice in the batch and had come in an earlier one."""
+    whole = Draws(0, stratified=("time",))(4, ["a", "b", "a", "c", "d"], earlier=["b"])
+    parts = [whole.rows(0, 2), whole.rows(2, 5).rows(0, 1), whole.rows(2, 5).rows(1, 3)]
+    assert [part.sample_ids for part in parts] == [("a", "b"), ("a",), ("c", "d")]
+    assert torch.equal(torch.cat([part.normal((len(part.sample_ids), 3)) for part in parts]), whole.normal((5, 3)))
+    assert torch.equal(torch.cat([part.uniform(len(part.sample_ids)) for part in parts]), whole.uniform(5))

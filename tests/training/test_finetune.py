@@ -9,8 +9,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load
 
 from components.errors import BaseModelError, Stopped, TrainingDiverged
+from components.latents.keys import training_size
 from components.training import finetune
 from components.training.checkpoints import MANIFEST_NAME, save_checkpoint
+from components.training.worker import STAGES
 from tests.chain import Chain
 
 
@@ -54,8 +56,8 @@ class PowerCut(list):
         (STATES, ("training.optimizer=adafactor", "training.gradient_accumulation_steps=2")),
         (STATES, ("training.optimizer=prodigy", "training.learning_rate=1.0")),
         (STATES, ("training.optimizer=adamwschedulefree", "training.lr_warmup_steps=4")),
-        (STATES, ("training.optimizer=lion", "training.train_batch_size=50")),
-        (STATES, ("training.optimizer=muon", "training.targets=all")),
+        (STATES, ("training.optimizer=lion", "training.train_batch_size=50", "training.ema_decay=0.9")),
+        (STATES, ("training.optimizer=muon", "training.targets=all", "training.mixed_precision=fp16")),
     ],
 )
 def test_a_training_stopped_and_cut_off_ends_with_the_bytes_of_an_unbroken_one(
@@ -78,6 +80,49 @@ def test_a_training_stopped_and_cut_off_ends_with_the_bytes_of_an_unbroken_one(
         chain.fine_tune(recipe, work="broken", events=PowerCut(5))
     assert outputs(chain, chain.fine_tune(recipe, work="broken")) == unbroken
     assert manifests[-1] == last
+
+
+def test_gradient_checkpointing_keeps_fewer_activations_and_changes_no_bit(chain: Chain):
+    kept: dict[str, int] = {"false": 0, "true": 0}
+
+    def train(checkpointing: str) -> dict[str, str]:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[checkpointing] += tensor.nbytes
+            return tensor
+
+        recipe = chain.recipe(*STATES, f"training.gradient_checkpointing={checkpointing}")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return outputs(chain, chain.fine_tune(recipe, work=checkpointing))
+
+    assert train("true") == train("false")
+    assert kept["true"] < 0.5 * kept["false"]
+
+
+def test_two_processes_fine_tune_like_one_with_twofold_accumulation(chain: Chain):
+    """The stage as the flow asks for it, whose second process is another worker."""
+    request = {
+        "stage": "fine-tune",
+        "home": str(chain.bench.workspace.home),
+        "key": "shared",
+        "snapshot": chain.snapshot(chain.recipe()),
+        "base": {"model": str(chain.base_path)},
+        "training": chain.recipe(*STATES, "training.num_processes=2").training.model_dump(mode="json"),
+        "resolution": training_size(chain.base(), chain.recipe().training),
+    }
+    events: list[dict] = []
+    shared = STAGES["fine-tune"](chain.bench, request, events.append)
+    alone = chain.fine_tune(chain.recipe(*STATES, "training.gradient_accumulation_steps=2"), work="accumulated")
+
+    def tensors(product) -> dict[str, torch.Tensor]:
+        return load(chain.bench.store.read(product.outputs["adapter"].sha256))
+
+    def losses(product) -> list[float]:
+        lines = map(json.loads, chain.bench.store.read(product.outputs["log"].sha256).splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    torch.testing.assert_close(tensors(shared), tensors(alone), rtol=0, atol=1e-6)
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-6)
+    assert [event["step"] for event in events if "loss" in event] == list(range(1, 8))
 
 
 @pytest.mark.parametrize(

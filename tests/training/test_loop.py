@@ -1,8 +1,10 @@
 import hashlib
+import json
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from components.diffusion.draws import Draw, Draws
-from components.errors import TrainingDiverged
+from components.errors import OutOfMemory, StageFailed, TrainingDiverged
 from components.training.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from components.training.ema import ExponentialAverage
+from components.training.gradients import LossScaler, Passes
 from components.training.loop import StepReport, fit
 from components.training.order import batches_from
+from components.training.processes import Processes, joined, started
 from components.training.schedules import learning_rate_at
 
 IDS = tuple(f"s{i}" for i in range(10))
@@ -25,6 +29,9 @@ DATA = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 class Rows:
     sample_ids: tuple[str, ...]
     x: Tensor
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        return Rows(self.sample_ids[rows], self.x[rows])
 
 
 def rows_from(step: int, batch_size: int = 4) -> Iterator[Rows]:
@@ -41,6 +48,7 @@ class Run:
         self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.ema = ExponentialAverage(self.model.named_parameters(), 0.9)
+        self.passes, self.scaler = Passes(), LossScaler()
         self.reports: list[StepReport] = []
         self.start_step = 0
         if folder and (checkpoint := newest_checkpoint(folder)):
@@ -68,8 +76,9 @@ class Run:
         return fit(
             list(self.model.parameters()), batches or rows_from(self.start_step), loss or self.loss, self.optimizer,
             learning_rate_at("cosine", 1e-2, max_train_steps=30, warmup_steps=5), draws=Draws(0),
-            start_step=self.start_step, max_train_steps=steps, ema=self.ema, on_step=self.reports.append,
-            on_checkpoint=self.checkpoint, should_stop=should_stop, **more,
+            start_step=self.start_step, max_train_steps=steps, ema=self.ema, passes=self.passes,
+            scaler=self.scaler, on_step=self.reports.append, on_checkpoint=self.checkpoint,
+            should_stop=should_stop, **more,
         )  # fmt: skip
 
     def digest(self) -> str:
@@ -126,6 +135,95 @@ def test_two_accumulated_batches_are_one_batch_of_twice_the_size():
         assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-5)
 
 
+def test_a_batch_that_does_not_fit_goes_through_in_halves_with_the_same_gradient():
+    """The whole batch of 8 fits at first; from step 2 on, in the second batch of a step, only 3 samples do."""
+    unbothered, run = Run(), Run()
+    seen: list[tuple[int, str]] = []
+
+    def cramped(batch: Rows, draw: Draw) -> Tensor:
+        if draw.step >= 2 and draw.earlier and len(batch.sample_ids) > 3:
+            raise torch.OutOfMemoryError("tried to allocate")
+        seen.extend((draw.step, sample_id) for sample_id in batch.sample_ids)
+        return run.loss(batch, draw)
+
+    unbothered.fit(6, batches=rows_from(0, 8), gradient_accumulation_steps=2)
+    run.fit(6, batches=rows_from(0, 8), gradient_accumulation_steps=2, loss=cramped)
+    assert run.passes.size == 2
+    for ours, theirs in zip(run.model.parameters(), unbothered.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert [(r.step, r.samples) for r in run.reports] == [(r.step, r.samples) for r in unbothered.reports]
+    for ours, theirs in zip(run.reports, unbothered.reports, strict=True):
+        assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-5)
+    last = [sample_id for batch in islice(rows_from(10, 8), 2) for sample_id in batch.sample_ids]
+    assert seen[-16:] == [(5, sample_id) for sample_id in last]
+
+
+def test_one_sample_that_does_not_fit_ends_the_run_with_what_to_change():
+    def full(batch: Rows, draw: Draw) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    said = r"out of memory at step 0 with one sample in a pass \(train_batch_size is 4\); set training.gradient_checkp"
+    with pytest.raises(OutOfMemory, match=said) as end:
+        Run().fit(6, loss=full)
+    assert "\n" not in str(end.value)
+
+
+def test_a_loss_scale_changes_no_bit_while_nothing_overflows():
+    """It is a power of two."""
+    plain, scaled = Run(), Run()
+    scaled.scaler = LossScaler(enabled=True)
+    plain.fit(6)
+    scaled.fit(6)
+    assert scaled.digest() == plain.digest()
+    assert scaled.reports == plain.reports
+
+
+def overflowing(run: Run) -> Callable[[Rows, Draw], Tensor]:
+    """Gradients pass through fp16, whose largest number is 65504: too little for 30 times the first scales."""
+
+    def loss(batch: Rows, draw: Draw) -> Tensor:
+        inner = run.loss(batch, draw)
+        inner.register_hook(lambda gradient: gradient.half().float())
+        return 30 * inner
+
+    return loss
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_and_counted_and_resumed(tmp_path: Path):
+    run = Run()
+    run.scaler, before = LossScaler(enabled=True), run.digest()
+    run.ema.tensors = {}
+    run.fit(20, loss=overflowing(run))
+    finite = [math.isfinite(report.grad_norm) for report in run.reports]
+    assert run.scaler.skipped == 5  # 2^16 to 2^11
+    assert finite == [False] * run.scaler.skipped + [True] * (20 - run.scaler.skipped)
+    assert run.digest() != before
+    first = Run(tmp_path)
+    first.scaler = LossScaler(enabled=True)
+    first.fit(2, loss=overflowing(first))
+    state = json.loads(json.dumps(first.scaler.state()))
+    assert state["skipped"] == 2
+    second = Run(tmp_path)
+    second.scaler = LossScaler(enabled=True)
+    second.scaler.load(state)
+    second.fit(20, loss=overflowing(second))
+    assert first.reports + second.reports == run.reports
+    assert second.scaler.state() == run.scaler.state()
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run_in_one_line():
+    run = Run()
+    run.scaler = LossScaler(enabled=True)
+    with pytest.raises(TrainingDiverged, match=r"overflowed in 20 steps in a row, last at step 19 .*'bf16'") as end:
+        run.fit(40, loss=lambda batch, draw: infinite_slope(run, batch, draw))
+    assert "\n" not in str(end.value)
+
+
+def infinite_slope(run: Run, batch: Rows, draw: Draw) -> Tensor:
+    """A finite loss whose gradient is not."""
+    return run.loss(batch, draw) + 1e-30 * next(run.model.parameters()).sub(1).mul(0).sqrt().sum()
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_step_and_samples():
     run, reference = Run(), Run()
     reference.fit(3)
@@ -140,12 +238,52 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_ste
 
 def test_a_gradient_that_is_not_finite_stops_too():
     run = Run()
-
-    def infinite_slope(batch: Rows, draw: Draw) -> Tensor:
-        return run.loss(batch, draw) + 1e-30 * next(run.model.parameters()).sub(1).mul(0).sqrt().sum()
-
     with pytest.raises(TrainingDiverged, match="gradient norm is"):
-        run.fit(10, loss=infinite_slope)
+        run.fit(10, loss=lambda batch, draw: infinite_slope(run, batch, draw))
+
+
+def in_two_processes(rank: int, folder: Path) -> tuple[Run, Run, Run]:
+    """What each of two processes does: an unbroken run, one that the second process stops after 7 steps, the rest."""
+
+    def fit_shared(run: Run, processes: Processes, **more) -> Run:
+        if not processes.first:
+            run.checkpoint = lambda steps: None
+        run.fit(20, batches=rows_from(run.start_step * 2), processes=processes, **more)
+        return run
+
+    with joined(rank, 2, folder) as processes:
+        unbroken = fit_shared(Run(), processes)
+        stopped = Run(folder)
+        fit_shared(stopped, processes, should_stop=lambda: rank == 1 and len(stopped.reports) == 7)
+        processes.any(False)  # by now the first has written its checkpoint
+        return unbroken, stopped, fit_shared(Run(folder), processes)
+
+
+def test_two_processes_train_like_one_with_twofold_accumulation_and_resume_to_the_bit(tmp_path: Path):
+    alone = Run()
+    alone.fit(20, batches=rows_from(0), gradient_accumulation_steps=2)
+    other = multiprocessing.get_context("spawn").Process(target=in_two_processes, args=(1, tmp_path))
+    other.start()
+    unbroken, stopped, resumed = in_two_processes(0, tmp_path)
+    other.join()
+    assert other.exitcode == 0
+    assert stopped.start_step == 0 and resumed.start_step == 7
+    assert resumed.digest() == unbroken.digest()
+    assert stopped.reports + resumed.reports == unbroken.reports
+    for ours, theirs in zip(unbroken.reports, alone.reports, strict=True):
+        assert (ours.step, ours.samples) == (theirs.step, theirs.samples)
+        assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-6)
+    for ours, theirs in zip(unbroken.model.parameters(), alone.model.parameters(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_what_another_process_fails_with_is_raised_in_the_first(tmp_path: Path):
+    request = {"stage": "fine-tune", "home": str(tmp_path), "training": {"rank": 0}}
+    with (
+        pytest.raises(StageFailed, match="fine-tune: ValidationError"),
+        started(request, 2, tmp_path / "work", lambda: False),
+    ):
+        pass
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end():
