@@ -30,8 +30,8 @@ class Config(BaseModel):
 class DataSource(Config):
     path: str = Field(description="A folder of pictures with captions; relative paths count from the recipe's folder.")
     licence: str | None = Field(default=None, description="SPDX id for pictures that state none themselves.")
-    caption_lines: Literal["first", "whole"] = Field(
-        default="first", description="What of a caption file is the caption."
+    caption_lines: Literal["first", "whole", "variants"] = Field(
+        default="first", description="What of a caption file is the caption; variants: every line is one of them."
     )
     masks: str | None = Field(
         default=None,
@@ -75,6 +75,7 @@ PRODIGY_MIN_RATE = 0.1  # below this factor it learns next to nothing; its autho
 Preset = Literal["attention", "attention-mlp", "all-linear", "all"]
 FACTORED = ("lora", "rslora", "dora")  # adapters whose update is s B A with B = 0 at the start
 WITH_RANKS = (*FACTORED, "pissa", "loha", "lokr")
+TAG_SETTINGS = ("caption_wordings", "caption_separator", "keep_tokens", "caption_tag_dropout_rate")
 
 
 class TrainingConfig(Config):
@@ -167,6 +168,15 @@ class TrainingConfig(Config):
     )
     caption_dropout_rate: float = Field(
         default=0.1, ge=0, lt=1, description="Share of steps that see the empty prompt."
+    )
+    shuffle_caption: bool = Field(default=False, description="Show a caption's tags in changing order.")
+    caption_wordings: int = Field(
+        default=8, ge=1, description="Orders of each caption that are embedded and drawn from."
+    )
+    caption_separator: str = Field(default=",", min_length=1, description="What stands between tags.")
+    keep_tokens: int = Field(default=0, ge=0, description="Tags at a caption's beginning that stay where they are.")
+    caption_tag_dropout_rate: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the other tags that an order leaves out."
     )
     masked_loss: bool = Field(default=False, description="Weight the loss by the samples' masks.")
     unmasked_weight: float = Field(
@@ -263,6 +273,7 @@ class TrainingConfig(Config):
             "alpha_pattern": ("adapter", WITH_RANKS),
             "loraplus_lr_ratio": ("adapter", FACTORED),
             "scale_weight_norms": ("adapter", FACTORED[:2]),
+            **dict.fromkeys(TAG_SETTINGS, ("shuffle_caption", (True,))),
             "unmasked_weight": ("masked_loss", (True,)),
             "mode_scale": ("timestep_sampling", ("mode",)),
             "snr_gamma": ("loss_weighting", ("none", "min_snr")),

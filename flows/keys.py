@@ -4,6 +4,7 @@ from components.catalog.models import ModelVersion
 from components.config import Recipe
 from components.families.bases import BaseModel, resolve_base
 from components.latents.keys import cache_key, training_size
+from components.latents.wording import Wording
 from components.stages import Bench, committed, stage_key
 
 
@@ -11,7 +12,7 @@ def fine_tune_key(recipe: Recipe, base: BaseModel, snapshot: str) -> str:
     size = training_size(base, recipe.training)
     return stage_key(
         "fine-tune",
-        inputs={"cache": cache_key(snapshot, base, size), "base": base.digest},
+        inputs={"cache": cache_key(snapshot, base, size, Wording.of(recipe.training)), "base": base.digest},
         config=recipe.training.model_dump(mode="json"),
     )
 
@@ -70,7 +71,8 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
     }
     if snapshot := committed(bench, curate):
         digest = snapshot.facts["digest"]
-        keys["cache"] = cache_key(digest, base, training_size(base, recipe.training))
+        size = training_size(base, recipe.training)
+        keys["cache"] = cache_key(digest, base, size, Wording.of(recipe.training))
         keys["fine-tune"] = fine_tune_key(recipe, base, digest)
         if adapter := committed(bench, keys["fine-tune"]):
             sha256 = adapter.facts["sha256"]

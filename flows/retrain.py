@@ -18,6 +18,7 @@ from components.catalog.models import Adapter, ModelVersion
 from components.config import Recipe
 from components.errors import ServiceUnavailable
 from components.latents.keys import cache_key, training_size
+from components.latents.wording import Wording
 from components.stages import Product, StageResult
 from components.workspace import Workspace
 from flows import services
@@ -88,8 +89,10 @@ def cache_latents(run_uid: str, snapshot: str) -> str:
     """The cache's stage key."""
     run = _open[run_uid]
     size = training_size(run.base, run.recipe.training)
-    key = cache_key(snapshot, run.base, size)
-    return on_the_gpu(run, "cache", key, {"snapshot": snapshot, "resolution": size}).key
+    training = run.recipe.training
+    key = cache_key(snapshot, run.base, size, Wording.of(training))
+    request = {"snapshot": snapshot, "resolution": size, "training": training.model_dump(mode="json")}
+    return on_the_gpu(run, "cache", key, request).key
 
 
 @task(name="fine-tune", cache_policy=NO_CACHE, persist_result=False)
@@ -355,7 +358,8 @@ def run_card(run: OpenRun) -> dict[str, Any]:
         },
         "stages": [stage_line(result) for result in run.results.values()],
         "adapter": {
-            "path": registered["files"]["diffusers"] if registered else str(run.bench.store.path(trained["sha256"])),
+            "path": (registered["files"] if registered else {}).get("diffusers")
+            or str(run.bench.store.path(trained["sha256"])),
             "sha256": trained["sha256"],
             "step": trained["final_step"],
         }

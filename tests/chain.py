@@ -9,6 +9,7 @@ from components.curation.snapshots import SampleRow, curate, curate_key, read_ma
 from components.families.bases import BaseModel, resolve_base
 from components.latents.caching import cache_latents
 from components.latents.keys import training_size
+from components.latents.wording import Wording
 from components.stages import Bench, Product, ensure
 from components.training.finetune import fine_tune
 from components.workspace import Workspace
@@ -65,7 +66,12 @@ class Chain:
     def cache(self, recipe: Recipe) -> Product:
         """Always asks the caching stage itself, so that its counts of encodes can be looked at."""
         return cache_latents(
-            self.bench, self.curate(recipe), self.base(), training_size(self.base(), recipe.training), ignore
+            self.bench,
+            self.curate(recipe),
+            self.base(),
+            training_size(self.base(), recipe.training),
+            ignore,
+            wording=Wording.of(recipe.training),
         )
 
     def fine_tune(

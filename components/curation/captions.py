@@ -1,6 +1,7 @@
 """Captions: read from text, caption and JSON files or table cells, as UTF-8 or not at all, and brought to one form."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,7 @@ from components.errors import BadInput
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 JSON_KEYS = ("caption", "text")  # of a caption file in JSON, the first that is there
-CaptionLines = Literal["first", "whole"]
+CaptionLines = Literal["first", "whole", "variants"]
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -41,16 +42,26 @@ def normalise(text: str, name: str) -> str:
 
 
 def read_caption(path: Path, name: str, lines: CaptionLines = "first") -> str:
-    """The caption in a `.txt`, `.caption` or `.json` file; `lines` picks the first line with words, or all of them.
+    """The caption in a `.txt`, `.caption` or `.json` file: its first line with words, or with "whole" all of them.
 
     `name` is how messages call the file. Raises CaptionProblem.
     """
+    text = _text_of(path, name)
+    return normalise(text if lines == "whole" else next(_worded_lines(text), ""), name)
+
+
+def read_variants(path: Path, name: str) -> tuple[str, ...]:
+    """The captions in a file besides its first, one to a line. Raises CaptionProblem."""
+    return tuple(normalise(line, name) for line in _worded_lines(_text_of(path, name)))[1:]
+
+
+def _text_of(path: Path, name: str) -> str:
     text = decode_text(path.read_bytes(), name)
-    if path.suffix.lower() == ".json":
-        text = _json_caption(text, name)
-    if lines == "first":
-        text = next((line for line in text.splitlines() if line.strip(f"{BYTE_ORDER_MARK} \t\0")), "")
-    return normalise(text, name)
+    return _json_caption(text, name) if path.suffix.lower() == ".json" else text
+
+
+def _worded_lines(text: str) -> Iterator[str]:
+    yield from (line for line in text.splitlines() if line.strip(f"{BYTE_ORDER_MARK} \t\0"))
 
 
 def caption_cell(value: object, name: str) -> str:

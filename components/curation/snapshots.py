@@ -75,11 +75,12 @@ class Scan:
         """Names the content: files, captions and provenance, but neither the folder's place nor times."""
         rows = [[file.sha256, *(getattr(file.item, name) for name in _DIGESTED),
                  asdict(file.item.problem) if file.item.problem else None,
-                 *([file.mask_sha256] if file.mask_sha256 else [])] for file in self.files]
+                 *([file.mask_sha256] if file.mask_sha256 else []),
+                 *([list(file.item.variants)] if file.item.variants else [])] for file in self.files]
         return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
-_DIGESTED = tuple(field.name for field in fields(Item) if field.name not in ("path", "problem", "mask"))
+_DIGESTED = tuple(field.name for field in fields(Item) if field.name not in ("path", "problem", "mask", "variants"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class SampleRow:
     source: str | None
     repeats: int
     mask: str | None = None  # sha256 of a grey PNG of the picture's size
+    variants: tuple[str, ...] = ()  # captions besides `text`
 
 
 MANIFEST_SCHEMA = pa.schema(
@@ -110,7 +112,10 @@ MANIFEST_SCHEMA = pa.schema(
     + [pa.field(name, pa.string()) for name in ("licence", "author", "source")]
     + [pa.field("repeats", pa.int32(), nullable=False)]
 )
-MASK_FIELD = pa.field("mask", pa.string())  # only in the manifest of a set that has masks
+OPTIONAL_FIELDS = (  # only in the manifest of a set where a row has one
+    pa.field("mask", pa.string()),
+    pa.field("variants", pa.list_(pa.string())),
+)
 VERDICT_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("file_name", "check", "decision")]
     + [pa.field("sha256", pa.string()), pa.field("score", pa.float64()), pa.field("threshold", pa.float64())]
@@ -183,7 +188,9 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     names = _component_names(members, components)
     rows = sorted((_sample_row(batch, i, name, side, masks) for i, name, side in zip(usable, names, splits, strict=True)
                    if not batch.rejected(i)), key=lambda row: (row.split, row.file_name, row.sha256))
-    schema = MANIFEST_SCHEMA.append(MASK_FIELD) if any(row.mask for row in rows) else MANIFEST_SCHEMA
+    schema = MANIFEST_SCHEMA
+    for optional in OPTIONAL_FIELDS:
+        schema = schema.append(optional) if any(getattr(row, optional.name) for row in rows) else schema
     manifest = bench.store.put(_parquet([asdict(row) for row in rows], schema))
     verdicts = bench.store.put(_parquet(batch.verdict_rows(), VERDICT_SCHEMA))
     profile_facts = _describe(batch, rows, curation, profile)
@@ -198,7 +205,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
 def read_manifest(store: Store, digest: str) -> list[SampleRow]:
     """The samples of a snapshot, sorted by (split, file name, sha256). Raises DamagedArtifact."""
     table = pq.read_table(pa.BufferReader(store.read(digest)))
-    return [SampleRow(**row) for row in table.to_pylist()]
+    return [SampleRow(**row | {"variants": tuple(row.get("variants") or ())}) for row in table.to_pylist()]
 
 
 # examining ----------------------------------------------------------------------------------------------------------
@@ -483,7 +490,7 @@ def _sample_row(batch: _Batch, i: int, component: str, split: str, masks: Mappin
         sha256=str(file.sha256), rgb_digest=facts.rgb_digest, file_name=item.file_name, text=item.caption,
         group=item.group, component=hashlib.sha256(component.encode()).hexdigest()[:16], split=split,
         width=facts.width, height=facts.height, licence=item.licence, author=item.author, source=item.source,
-        repeats=item.repeats, mask=masks.get(item.file_name))
+        repeats=item.repeats, mask=masks.get(item.file_name), variants=item.variants)
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

@@ -29,6 +29,7 @@ from components.curation.captions import (
     caption_cell,
     decode_text,
     read_caption,
+    read_variants,
 )
 from components.curation.masks import mask_folder, mask_path, masks_in
 from components.errors import BadInput
@@ -70,6 +71,7 @@ class Item:
     source: str | None = None
     repeats: int = 1
     fallback: bool = False  # the caption is the folder's class tokens
+    variants: tuple[str, ...] = ()  # other captions of it
     mask: Path | None = None  # the file that says where the picture counts; the picture itself: its alpha channel
 
 
@@ -235,7 +237,9 @@ def _beside_caption(root: Path, entry: _Entry, captions: Mapping[PurePosixPath, 
         raise BadInput(f"{root / entry.name}: has two captions, {matches[0].name} and {matches[1].name}; remove one")
     if matches:
         try:
-            return replace(item, caption=read_caption(root / matches[0], str(matches[0]), lines))
+            path, name = root / matches[0], str(matches[0])
+            others = read_variants(path, name) if lines == "variants" else ()
+            return replace(item, caption=read_caption(path, name, lines), variants=others)
         except CaptionProblem as problem:
             return replace(item, problem=Problem("caption", str(problem)))
     if tokens:

@@ -20,18 +20,30 @@ from components.latents.keys import (
     sample_item,
     training_buckets,
 )
+from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
 from components.tensors import default_device
 
+AS_WRITTEN = Wording()
+
 
 def cache_latents(
-    bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int, on_progress: Callable[[int, int], None]
+    bench: Bench,
+    rows: Sequence[SampleRow],
+    base: BaseModel,
+    resolution: int,
+    on_progress: Callable[[int, int], None],
+    *,
+    wording: Wording = AS_WRITTEN,
 ) -> Product:
-    """Encode what is not yet encoded of a snapshot. The product's outputs are the shards; facts count the encodes."""
+    """Encode what is not yet encoded of a snapshot, training captions in every wording that training may ask for.
+
+    The product's outputs are the shards; facts count the encodes.
+    """
     sizes = training_buckets(base, resolution)
     images = [sample_item(row, sizes) for row in rows]
     masks = [item for row in rows if (item := mask_item(row, sizes))]
-    captions = [caption_item(text) for text in sorted({row.text for row in rows} | {NULL_PROMPT})]
+    captions = [caption_item(text) for text in sorted(_texts(rows, wording))]
     total, done = len({item.key for item in images}) + len(captions), 0
 
     def advance(count: int) -> None:
@@ -60,6 +72,11 @@ def cache_latents(
         },
         items=encoded_images + encoded_captions,
     )
+
+
+def _texts(rows: Sequence[SampleRow], wording: Wording) -> set[str]:
+    varied = {text for row in rows if row.split == "train" for text in wording.texts(row)}
+    return {row.text for row in rows} | varied | {NULL_PROMPT}
 
 
 def _encode_captions(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:

@@ -13,6 +13,7 @@ from components.curation.snapshots import SampleRow
 from components.families.bases import BaseModel
 from components.families.family import Framing
 from components.latents.buckets import Bucket, assign, buckets, placement
+from components.latents.wording import Wording
 from components.stages import canonical_json, stage_key
 
 ENCODING_VERSION = 1  # raise when encoding.py changes what it stores
@@ -92,7 +93,7 @@ def training_buckets(base: BaseModel, resolution: int) -> tuple[Bucket, ...]:
     return buckets(resolution, base.architecture.geometry(base.path))
 
 
-def cache_key(snapshot_digest: str, base: BaseModel, resolution: int) -> str:
+def cache_key(snapshot_digest: str, base: BaseModel, resolution: int, wording: Wording) -> str:
     return stage_key(
         "cache",
         inputs={
@@ -100,7 +101,7 @@ def cache_key(snapshot_digest: str, base: BaseModel, resolution: int) -> str:
             "pixel_encoder": pixel_encoder_key(base),
             "prompt_encoder": prompt_encoder_key(base),
         },
-        config={"resolution": resolution},
+        config={"resolution": resolution} | wording.settings(),
     )
 
 

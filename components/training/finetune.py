@@ -27,6 +27,7 @@ from components.families.bases import BaseModel
 from components.latents.encoding import Tensors
 from components.latents.keys import NULL_PROMPT, caption_item
 from components.latents.ragged import replaced
+from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
 from components.tensors import default_device, to_safetensors
@@ -98,7 +99,8 @@ def fine_tune(
             "training.masked_loss is set, but no training picture has a mask; say where they are with masks in "
             "[[data.sources]]"
         )
-    train = cached_samples(bench, repeated, base, resolution, masked=training.masked_loss)
+    wording = Wording.of(training)
+    train = cached_samples(bench, repeated, base, resolution, masked=training.masked_loss, wording=wording)
     held_out_rows = [row for row in rows if row.split == "test"]
     shown = _spread(held_out_rows, training.validation_items)
     held_out = cached_samples(bench, shown, base, resolution, masked=training.masked_loss)
@@ -214,8 +216,8 @@ class _FineTuning:
         return {name: (c.float() if c.is_floating_point() else c).to(self.device) for name, c in cond.items()}
 
     def _loss(self, rows: Positions, draw: Draw) -> Tensor:
-        """Scalar. Captions are dropped per sample, at load time, so no cache holds a dropped one."""
-        batch = self.train.batch(rows.positions)
+        """Scalar. Captions are chosen and dropped per sample, at load time, so no cache holds a draw."""
+        batch = self.train.reworded(self.train.batch(rows.positions), draw)
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
         cond = self._on_device(replaced(batch.cond, dropped, self.null))

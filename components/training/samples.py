@@ -1,12 +1,13 @@
 """Samples of a split as training sees them: rows of the latent cache, fetched by content, never by position."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from components.curation.snapshots import SampleRow
+from components.diffusion.draws import Draw
 from components.errors import LatentCacheMismatch
 from components.families.bases import BaseModel
 from components.families.family import Framing
@@ -23,6 +24,7 @@ from components.latents.keys import (
     training_buckets,
 )
 from components.latents.ragged import stacked
+from components.latents.wording import Wording
 from components.stages import Bench
 
 
@@ -37,6 +39,7 @@ class LatentBatch:
     cached: Tensors
     cond: Tensors
     mask: Tensor | None = None
+    wordings: tuple[tuple[str, ...], ...] = ()  # of each sample: cache keys of its captions, `cond` has the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class CachedSamples:
     sample_condition: Callable[[Framing], Tensors]
     masks: ShardReader | None = None
     mask_keys: tuple[str | None, ...] = ()  # None: the whole picture counts
+    wordings: tuple[tuple[str, ...], ...] = ()  # of each row: keys of its captions, of which `reworded` draws one
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -71,14 +75,23 @@ class CachedSamples:
         return Positions(tuple(positions), tuple(self.rows[i].sha256 for i in positions))
 
     def batch(self, positions: Sequence[int]) -> LatentBatch:
-        rows = [self.rows[i] for i in positions]
+        wordings = tuple(self.wordings[i] for i in positions)
         return LatentBatch(
-            tuple(row.sha256 for row in rows),
+            tuple(self.rows[i].sha256 for i in positions),
             self.latents([self.latent_keys[i] for i in positions]),
-            self.prompts([caption_item(row.text).key for row in rows])
+            self.prompts([keys[0] for keys in wordings])
             | stacked([self.sample_condition(self.framings[i]) for i in positions]),
             self._mask(positions),
+            wordings,
         )
+
+    def reworded(self, batch: LatentBatch, draw: Draw) -> LatentBatch:
+        """The batch with one of each sample's captions, drawn by (seed, step, sample)."""
+        if all(len(keys) == 1 for keys in batch.wordings):
+            return batch
+        lots = draw.uniform(len(batch.wordings), "wording").tolist()
+        keys = [keys[int(lot * len(keys))] for keys, lot in zip(batch.wordings, lots, strict=True)]
+        return replace(batch, cond=batch.cond | self.prompts(keys))
 
     def _mask(self, positions: Sequence[int]) -> Tensor | None:
         if self.masks is None:
@@ -91,12 +104,23 @@ class CachedSamples:
 
 
 def cached_samples(
-    bench: Bench, rows: Sequence[SampleRow], base: BaseModel, resolution: int, *, masked: bool
+    bench: Bench,
+    rows: Sequence[SampleRow],
+    base: BaseModel,
+    resolution: int,
+    *,
+    masked: bool,
+    wording: Wording | None = None,
 ) -> CachedSamples:
-    """Readers over `rows`, with their masks if `masked`. Raises LatentCacheMismatch when an item is not cached."""
+    """Readers over `rows`, with their masks if `masked`; without `wording` by their first caption as it is written.
+
+    Raises LatentCacheMismatch when an item is not cached.
+    """
     sizes = training_buckets(base, resolution)
     keys = tuple(sample_item(row, sizes).key for row in rows)
-    captions = [caption_item(text).key for text in {row.text for row in rows} | {NULL_PROMPT}]
+    texts = [wording.texts(row) if wording else (row.text,) for row in rows]
+    wordings = tuple(tuple(caption_item(text).key for text in of_row) for of_row in texts)
+    captions = [*{key for of_row in wordings for key in of_row}, caption_item(NULL_PROMPT).key]
     latents = locate(bench.catalog, pixel_encoder_key(base), keys)
     prompts = locate(bench.catalog, prompt_encoder_key(base), captions)
     mask_items = [mask_item(row, sizes) if masked else None for row in rows]
@@ -115,4 +139,5 @@ def cached_samples(
         base.architecture.sample_condition,
         ShardReader(bench.store, masks) if masks else None,
         mask_keys,
+        wordings,
     )

@@ -85,6 +85,7 @@ def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.curation.snapshots import read_manifest
     from components.families.bases import resolve_base
     from components.latents.caching import cache_latents
+    from components.latents.wording import Wording
 
     return cache_latents(
         bench,
@@ -92,6 +93,7 @@ def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
         resolve_base(BaseModelConfig(**request["base"])),
         request["resolution"],
         _progress(emit),
+        wording=Wording.of(TrainingConfig(**request["training"])),
     )
 
 
