@@ -12,9 +12,8 @@ from components.config import BaseModelConfig
 from components.errors import BaseModelError
 from components.families import EXCLUDED, FAMILIES
 from components.families.family import Family, has_part
-from components.families.hub import fetch_pipeline, read_json
+from components.families.hub import digest_of, fetch_pipeline, read_json
 from components.stages import canonical_json
-from components.storage import sha256_of
 
 EMBEDDED = Path(__file__).parents[1] / "base" / "embedded"
 HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
@@ -150,5 +149,5 @@ def safetensors_fault(path: Path) -> str:
 def _digest_of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in IGNORED):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_of(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{digest_of(file)}\n".encode())
     return digest.hexdigest()

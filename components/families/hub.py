@@ -1,14 +1,17 @@
 """Fetching a pipeline from the Hugging Face hub: the folders its index names, safetensors only, and never code."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from components.errors import BaseModelError
+from components.storage import sha256_of
 
 HUB = "https://huggingface.co"
 CONFIGURATION = ("*.json", "*.txt", "*.model")  # of models and schedulers, and what tokenizers read
-VARIANTS = ("*.fp16.*", "*.bf16.*", "*.fp32.*", "*.non_ema.*", "*.ema.*")  # second copies of the same weights
+VARIANTS = ("*.fp16[.-]*", "*.bf16[.-]*", "*.fp32[.-]*", "*.non_ema[.-]*", "*.ema[.-]*")  # second copies of weights
+BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def fetch_pipeline(model: str, revision: str | None) -> Path:
@@ -53,6 +56,12 @@ def fetch_pipeline(model: str, revision: str | None) -> Path:
             f"base model {model!r}: not in the local cache and the hub gave "
             f"{type(error).__name__}; download it once while online, or give a folder"
         ) from None
+
+
+def digest_of(file: Path) -> str:
+    """sha256 of a base's file. The hub's cache names large files by it, so they are not read at every start."""
+    blob = file.resolve()
+    return blob.name if blob.parent.name == "blobs" and BLOB.fullmatch(blob.name) else sha256_of(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -224,6 +224,29 @@ def test_a_step_hands_the_denoiser_what_the_stock_pipeline_hands_it(trial: Trial
     torch.testing.assert_close(results[0], trial.member.unpack(pipeline, expected, side))
 
 
+def test_a_frozen_base_in_half_precision_trains_a_float32_adapter_and_draws_with_it(trial: Trial):
+    """What a GPU does, on the CPU: bfloat16 weights under autocast say nearly what the float32 ones say."""
+    family, base, geometry = trial.base.architecture, trial.base, trial.base.architecture.geometry(trial.base.path)
+    side = trial.member.side
+    cond = dict(family.load_prompt_encoder(base.path, "cpu").encode(PROMPTS[:2]))
+    cond |= stacked([family.sample_condition(Framing((side, side), (0, 0), (side, side)))] * 2)
+    cond = {name: tensor.clone() for name, tensor in cond.items()}  # autograd takes no tensor of inference mode
+    cells = side // geometry.downscale
+    x_t = torch.randn(2, geometry.channels, cells, cells, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([100.0, 700.0])
+    said = []
+    for dtype in (torch.float32, torch.bfloat16):
+        denoiser = family.load_denoiser(base.path, "cpu", dtype)
+        parameters = add_adapter(denoiser, family, TrainingConfig(targets="all"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            prediction = family.denoise(denoiser, x_t, t, cond).float()
+        prediction.square().mean().backward()
+        assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for _, p in parameters)
+        said.append(prediction.detach())
+    assert (said[1] - said[0]).norm() < 0.03 * said[0].norm()
+    assert torch.isfinite(trial.ask(family.load_pipeline(base.path, "cpu", dtype, denoiser), PROMPTS[:1])).all()
+
+
 @pytest.mark.parametrize("preset", ["attention-mlp", "all"])
 def test_the_stock_pipeline_computes_with_the_adapter_what_the_trained_denoiser_does(
     trial: Trial, preset: str, tmp_path: Path

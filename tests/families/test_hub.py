@@ -81,7 +81,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_a_hub_pipeline_is_fetched_without_pickles_code_and_second_copies(hub: Hub):
     tiny_stable_diffusion(hub.folder)
     local = resolve_base(BaseModelConfig(model=str(hub.folder)))
-    unwanted = ("sd.safetensors", "unet/pytorch_model.bin", "unet/evil.py", "unet/model.fp16.safetensors", "x/y.json")
+    copies = ("unet/model.fp16.safetensors", "unet/model.fp16-00001-of-00002.safetensors")
+    unwanted = ("sd.safetensors", "unet/pytorch_model.bin", "unet/evil.py", "x/y.json", *copies)
     for name in unwanted:
         (hub.folder / name).parent.mkdir(exist_ok=True)
         (hub.folder / name).write_bytes(b"not asked for")

@@ -1,10 +1,16 @@
 """Texts of different lengths: what is cut and widened is never text, and no batch is longer than its longest."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from components.latents.encoding import ShardReader, encode_missing, locate
+from components.latents.keys import Item, caption_item
 from components.latents.ragged import Tensors, replaced, shortened, stacked
+from components.stages import Bench
+from components.workspace import Workspace
 
 
 def texts(*lengths: int, width: int = 8) -> Tensors:
@@ -54,3 +60,19 @@ def test_text_that_does_not_come_first_is_refused():
     tensors["prompt_embeds_mask"] = tensors["prompt_embeds_mask"].flip(1)
     with pytest.raises(ValueError, match="does not come first"):
         shortened(tensors)
+
+
+def test_the_cache_keeps_the_text_alone_and_gives_it_back_whatever_it_is_read_with(tmp_path: Path):
+    bench = Bench.open(Workspace(tmp_path))
+    bench.catalog.migrate()
+    items = [caption_item("x" * length) for length in range(1, 7)]
+
+    def encode(batch: list[Item]) -> Tensors:
+        return texts(*(len(item.caption) for item in batch), width=512)
+
+    assert encode_missing(bench, "encoder", items, encode, lambda done: None) == len(items)
+    places = locate(bench.catalog, "encoder", [item.key for item in items])
+    ((shard, _), *_) = places.values()
+    assert bench.store.path(shard).stat().st_size < 4096  # six rows of six places, not of 512
+    batch = ShardReader(bench.store, places)([items[i].key for i in (2, 0)])
+    assert [words(batch, i).tolist() for i in range(2)] == [[1, 2, 3], [1]] and batch["prompt_embeds"].shape[1] == 3
