@@ -76,11 +76,17 @@ Preset = Literal["attention", "attention-mlp", "all-linear", "all"]
 FACTORED = ("lora", "rslora", "dora")  # adapters whose update is s B A with B = 0 at the start
 WITH_RANKS = (*FACTORED, "pissa", "loha", "lokr")
 TAG_SETTINGS = ("caption_wordings", "caption_separator", "keep_tokens", "caption_tag_dropout_rate")
+FROM_THE_FILE = ("adapter", "rank", "lora_alpha", "rank_pattern", "alpha_pattern", "targets")  # of init_adapter
 
 
 class TrainingConfig(Config):
     adapter: Literal["lora", "rslora", "dora", "pissa", "loha", "lokr", "oft"] = Field(
         default="lora", description="Kind of adapter."
+    )
+    init_adapter: str | None = Field(
+        default=None,
+        description="An adapter file to go on from, in diffusers', kohya's or ComfyUI's layout; kind, rank, alpha and"
+        " layers are the file's.",
     )
     rank: int = Field(
         default=16, ge=1, description="LoRA rank r, the update is scaled by lora_alpha / r; of oft: the block size."
@@ -115,7 +121,7 @@ class TrainingConfig(Config):
         default="constant", description="Shape after the warm-up."
     )
     lr_warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
-    max_train_steps: int = Field(default=600, ge=1, description="Optimizer steps.")
+    max_train_steps: int = Field(default=600, ge=0, description="Optimizer steps; 0: look at init_adapter as it is.")
     train_batch_size: int = Field(default=16, ge=1, description="Samples in one forward pass.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes for one optimizer step.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
@@ -221,6 +227,17 @@ class TrainingConfig(Config):
             except re.error as error:
                 raise ValueError(f"{key!r} is no regular expression: {error}") from None
         return pattern
+
+    @model_validator(mode="after")
+    def _init_adapter_decides(self) -> Self:
+        """What a file brings is not written down as well, and without one there is something to train."""
+        if self.init_adapter is None and self.max_train_steps == 0:
+            raise ValueError("max_train_steps is 0, but there is no init_adapter to look at, expected at least 1")
+        for key in FROM_THE_FILE if self.init_adapter is not None else ():
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {value!r}, but init_adapter brings its own; leave {key} out")
+        return self
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -369,18 +386,30 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None 
     if data is not None:
         body.setdefault("data", {})["sources"] = [{"path": str(data.resolve())}]
     recipe = parse_recipe(body, origin=str(path))
+
+    def absolute(name: str) -> str:
+        return str((path.parent / Path(name).expanduser()).resolve())
+
     sources = tuple(
         source.model_copy(
             update={
-                "path": str((path.parent / Path(source.path).expanduser()).resolve()),
-                "masks": source.masks
-                if source.masks in (None, "masklabel", "alpha")
-                else str((path.parent / Path(source.masks).expanduser()).resolve()),
+                "path": absolute(source.path),
+                "masks": source.masks if source.masks in (None, "masklabel", "alpha") else absolute(source.masks),
             }
         )
         for source in recipe.data.sources
     )
-    return recipe.model_copy(update={"data": DataConfig(sources=sources)})
+    training = recipe.training
+    if training.init_adapter is not None:
+        training = training.model_copy(update={"init_adapter": absolute(training.init_adapter)})
+    return recipe.model_copy(update={"data": DataConfig(sources=sources), "training": training})
+
+
+def looking_at(recipe: Recipe, adapter: Path) -> Recipe:
+    """The recipe that evaluates an adapter file as it is, instead of training one."""
+    given = recipe.training.model_dump(mode="json", exclude={*FROM_THE_FILE, "lr_warmup_steps"})
+    training = {**given, "init_adapter": str(adapter.resolve()), "max_train_steps": 0}
+    return recipe.model_copy(update={"training": TrainingConfig.model_validate(training)})
 
 
 def parse_recipe(body: dict[str, Any], *, origin: str) -> Recipe:

@@ -246,9 +246,15 @@ def retrain(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = 
 
 
 @app.command()
-def evaluate(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(
+    recipe: RecipePath,
+    data: DataFolder = None,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(help="Evaluate this adapter file instead of training one.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Everything up to the evaluation; nothing is registered."""
-    _run_recipe("evaluate", recipe, data, overrides, as_json)
+    _run_recipe("evaluate", recipe, data, overrides, as_json, adapter)
 
 
 @app.command()
@@ -444,41 +450,33 @@ def generate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE|FOLDER",
+            help="NAME, NAME@ALIAS or NAME/VERSION; an adapter file; or a fine-tuned pipeline to extract a LoRA from.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     layout: Annotated[
         list[Layout] | None, typer.Option(help="May be repeated; default: diffusers and kohya, where they exist.")
     ] = None,
+    base: Annotated[str | None, typer.Option(help="Of a file or folder; default: the embedded base.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the LoRA at most; the best of that rank.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the base with the adapter in its weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a registered adapter as files that other programs load."""
+    """Write an adapter as files that other programs load, in another rank, or merged into its base."""
     with _reporter(as_json) as reporter:
-        from flows import showing
+        from flows import exporting
 
-        bench = _open_bench()
-        version = showing.find_version(bench, model)
-        from components.training.export import export_adapter
-
-        exported = export_adapter(
-            bench,
-            version.adapter_sha256,
-            out,
-            layouts=[chosen.value for chosen in layout] if layout else None,
-            run_uid=version.run_uid,
-        )
-        files = {name: str(path) for name, path in exported.files.items()}
-        reporter.finish(
-            {
-                "schema": SCHEMA,
-                "status": "completed",
-                "model": version.name,
-                "version": version.version,
-                "files": files,
-                "card": str(exported.card),
-                "skipped": exported.skipped,
-            },
-            lambda: reporter.say("\n".join([*files.values(), str(exported.card), *exported.skipped.values()])),
-        )
+        layouts = [chosen.value for chosen in layout] if layout else None
+        document = exporting.export(_open_bench(), what, out, layouts, base=base, rank=rank, merge=merge)
+        lines = [*document["files"].values(), *document["skipped"].values()]
+        lines += [document["card"]] if "card" in document else []
+        if document.get("frobenius_error", 0.0) >= 0.00005:  # less would read as 0.00 %
+            lines.append(f"lost by the lower rank: {document['frobenius_error']:.2%} of the update's Frobenius norm")
+        reporter.finish({"schema": SCHEMA, "status": "completed"} | document, lambda: reporter.say("\n".join(lines)))
 
 
 @app.command()
@@ -706,11 +704,26 @@ def _require_inputs(recipe: "Recipe") -> None:
 
     require_pictures(recipe.data)
     find_base(recipe.base)
+    if recipe.training.init_adapter is not None:
+        from components.layouts.files import read_metadata
+
+        read_metadata(Path(recipe.training.init_adapter))
 
 
-def _run_recipe(upto: "UpTo", path: Path, data: Path | None, overrides: Sequence[str] | None, as_json: bool) -> None:
+def _run_recipe(
+    upto: "UpTo",
+    path: Path,
+    data: Path | None,
+    overrides: Sequence[str] | None,
+    as_json: bool,
+    adapter: Path | None = None,
+) -> None:
     with _reporter(as_json) as reporter:
         recipe = _read_recipe(path, overrides, data)
+        if adapter is not None:
+            from components.config import looking_at
+
+            recipe = looking_at(recipe, adapter)
         _require_inputs(recipe)
         _serve(_open_bench(), reporter)
         _retrain(reporter, recipe, upto=upto)

@@ -8,10 +8,11 @@ from typing import Any
 from components.config import BaseModelConfig, EvaluationConfig
 from components.errors import BadInput
 from components.families.bases import resolve_base
+from components.layouts.files import read_metadata
 from components.stages import Bench
 from components.storage import atomic_write
 from flows.children import TorchChild
-from flows.showing import find_version, read_safetensors_header
+from flows.showing import find_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ def draw(
     Raises BadInput for a model, adapter file or base that cannot be used, before torch is loaded.
     """
     config, adapter_sha256 = _contender(bench, model, adapter, base)
+    if adapter is not None:
+        read_metadata(adapter)
     resolve_base(config)
     settings = EvaluationConfig.model_validate({}).model_dump(mode="json")
     settings |= {"num_inference_steps": wanted.num_inference_steps} if wanted.num_inference_steps else {}
@@ -51,6 +54,9 @@ def draw(
     ]
     settings["batch_size"] = min(settings["batch_size"], len(requests))
     with TorchChild(bench.workspace, bench.workspace.logs / "generate.log") as child:
+        if adapter is not None:
+            file = {"stage": "import", "base": config.model_dump(mode="json"), "path": str(adapter.resolve())}
+            adapter_sha256 = child.ask(file, on_event).outputs["adapter"].sha256
         product = child.ask(
             {
                 "stage": "generate",
@@ -75,9 +81,6 @@ def draw(
 def _contender(bench: Bench, model: str | None, adapter: Path | None, base: str) -> tuple[BaseModelConfig, str | None]:
     if model and adapter:
         raise BadInput("--model and --adapter name two adapters; give one of them")
-    if adapter:
-        read_safetensors_header(adapter)
-        return BaseModelConfig.model_validate({"model": base}), bench.store.put_file(adapter).sha256
     if not model:
         return BaseModelConfig.model_validate({"model": base}), None
     from components.catalog.models import Run

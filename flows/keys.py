@@ -1,19 +1,24 @@
 """The stage keys of a retraining, from its recipe and what earlier stages gave: what runs and what `plan` foretells."""
 
+from pathlib import Path
+
 from components.catalog.models import ModelVersion
 from components.config import Recipe
 from components.families.bases import BaseModel, resolve_base
 from components.latents.keys import cache_key, training_size
 from components.latents.wording import Wording
 from components.stages import Bench, committed, stage_key
+from components.storage import sha256_of
 
 
 def fine_tune_key(recipe: Recipe, base: BaseModel, snapshot: str) -> str:
-    size = training_size(base, recipe.training)
+    """An adapter to go on from counts by its bytes, not by its path."""
+    size, initial = training_size(base, recipe.training), recipe.training.init_adapter
     return stage_key(
         "fine-tune",
-        inputs={"cache": cache_key(snapshot, base, size, Wording.of(recipe.training)), "base": base.digest},
-        config=recipe.training.model_dump(mode="json"),
+        inputs={"cache": cache_key(snapshot, base, size, Wording.of(recipe.training)), "base": base.digest}
+        | ({"init_adapter": sha256_of(Path(initial))} if initial else {}),
+        config=recipe.training.model_dump(mode="json", exclude={"init_adapter"}),
     )
 
 

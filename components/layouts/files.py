@@ -3,14 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from components.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # what a file from outside may hold at most; a FLUX adapter of rank 128 has 1,500 tensors and 1.5 GB
 MAX_HEADER_BYTES = 8 << 20
@@ -21,17 +19,17 @@ PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
-def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_adapter(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """Tensors and metadata of an adapter file in any layout.
 
     Raises BadInput, one line, for anything but safetensors, for sizes no adapter has, for weights that are no
     floating-point numbers, and for values that are not finite.
     """
-    header = _read_header(path)
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadInput(f"{path}: its metadata is no table of strings; export the adapter again")
-    _check_header(path, header)
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    metadata = read_metadata(path)
     try:
         tensors = load(path.read_bytes())
     except SafetensorError as error:
@@ -40,6 +38,16 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not torch.isfinite(tensor).all():
             raise BadInput(f"{path}: {key} holds values that are not finite; use an earlier checkpoint")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file whose header is an adapter's; neither torch nor a tensor is loaded. Raises BadInput."""
+    header = _read_header(path)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadInput(f"{path}: its metadata is no table of strings; export the adapter again")
+    _check_header(path, header)
+    return metadata
 
 
 def _read_header(path: Path) -> dict[str, Any]:

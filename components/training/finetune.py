@@ -41,6 +41,7 @@ from components.training.checkpoints import (
 )
 from components.training.ema import ExponentialAverage
 from components.training.gradients import LossScaler, Passes
+from components.training.imports import continue_adapter, without_adapter
 from components.training.loop import StepReport, fit
 from components.training.optimizers import OPTIMIZERS, averaged
 from components.training.order import batches_from
@@ -145,7 +146,11 @@ class _FineTuning:
         bf16 = self.precision is torch.bfloat16
         self.dtype = self.family.dtype(self.device) if bf16 else torch.float32  # of what does not train
         self.denoiser = self.family.load_denoiser(base.path, self.device, self.dtype)
-        self.parameters = add_adapter(self.denoiser, self.family, training)
+        self.initial: dict[str, Any] = {}  # rank and alpha where a file decides them
+        if training.init_adapter is None:
+            self.parameters = add_adapter(self.denoiser, self.family, training)
+        else:
+            self.parameters, self.initial = continue_adapter(self.denoiser, base, training)
         if training.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
@@ -166,7 +171,10 @@ class _FineTuning:
         start = self.saved = self._resume()
         self.processes.require_same("checkpoint to go on from", start)
         if start == 0 and self.held_out.rows and self.processes.first:
-            self.losses["base"] = self._validate()
+            with without_adapter(self.denoiser, bool(self.initial)):
+                self.losses["base"] = self._validate()
+        if training.max_train_steps == 0 and self.processes.first:  # an adapter file is looked at as it is
+            self._publish(0)
         self.denoiser.train()
         done_batches = start * training.gradient_accumulation_steps * self.processes.count
         positions = batches_from(done_batches, self.train.ids, training.train_batch_size, seed=training.seed)
@@ -365,6 +373,7 @@ class _FineTuning:
             "sha256": self.adapters[final].sha256,
             "rank": self.training.rank,
             "lora_alpha": self.training.lora_alpha,
+            **self.initial,
             "trained_parameters": sum(parameter.numel() for _, parameter in self.parameters),
             "validation": [line for line in self.log if "validation_ratio" in line],
             "preview_prompts": [text for text, _ in self.preview_prompts],

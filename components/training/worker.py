@@ -195,6 +195,14 @@ def _study(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     )
 
 
+def _import(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.families.bases import resolve_base
+    from components.training.imports import imported_adapter
+
+    data, facts = imported_adapter(Path(request["path"]), resolve_base(BaseModelConfig(**request["base"])))
+    return Product({"adapter": bench.store.put(data)}, facts)
+
+
 def _export(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.training.export import export_adapter
 
@@ -208,6 +216,7 @@ STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
     "fine-tune": _fine_tune,
     "evaluate": _evaluate,
     "generate": _generate,
+    "import": _import,
     "export": _export,
     "study": _study,
 }

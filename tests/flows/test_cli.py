@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from components.catalog import runs
 from components.catalog.models import ModelVersion, Run
 from components.config import Recipe, load_recipe
 from components.stages import Bench
+from components.tensors import to_safetensors
 from components.workspace import Workspace
 from flows.console import number, seconds, size
 from tests.conftest import Served
@@ -64,6 +66,11 @@ def recipe(folder: Path, body: str) -> str:
     return str(folder / "recipe.toml")
 
 
+def pickled(folder: Path) -> str:
+    (folder / "lora.safetensors").write_bytes(b"PK\x03\x04 what torch.save writes is a zip of pickles")
+    return str(folder / "lora.safetensors")
+
+
 BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no such command": (lambda _: ["retrian"], "retrian"),
     "no such option": (lambda _: ["runs", "--colour"], "--colour"),
@@ -98,6 +105,15 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "two adapters": (
         lambda f: ["generate", "--prompt", "a", "--model", "m", "--adapter", str(f / "a.safetensors")],
         "one of them",
+    ),
+    "an adapter that is a pickle": (lambda f: ["generate", "--prompt", "a", "--adapter", pickled(f)], "a pickle"),
+    "a layout of a merged pipeline": (
+        lambda f: ["export", "icons", "--out", str(f), "--merge", "--layout", "kohya"],
+        "one of them",
+    ),
+    "a base for a registered model": (
+        lambda f: ["export", "icons", "--out", str(f), "--base", "embedded"],
+        "knows its base",
     ),
     "a base that is no pipeline": (lambda f: ["generate", "--prompt", "a", "--base", str(f)], "pipeline"),
 }
@@ -170,6 +186,25 @@ def test_show_prints_all_metadata_of_an_adapter_file(shell: Shell, tmp_path: Pat
     assert shell("show", str(path)) == 0 and "safelight.git_commit" in shell.out
     path.write_bytes(b"PK\x03\x04 a pickle in a zip")
     assert shell("show", str(path)) == 1 and "no safetensors file" in shell.err
+
+
+def test_a_file_of_another_program_is_exported_in_the_layout_that_is_asked_for(shell: Shell, tmp_path: Path):
+    """kohya's names for the embedded base, alpha half the rank -> ComfyUI's, with the same alpha."""
+    factors = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 8, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(96, 2, 1, 1),
+        "lora_unet_conv_in.alpha": torch.tensor(1.0),
+    }
+    (tmp_path / "style.safetensors").write_bytes(to_safetensors(factors, {"ss_output_name": "style"}))
+    arguments = ("export", str(tmp_path / "style.safetensors"), "--out", str(tmp_path / "out"))
+    document = shell.document(*arguments, "--layout", "comfyui")
+    assert document["files"] == {"comfyui": str(tmp_path / "out" / "style.safetensors")}
+    shown = shell.document("show", document["files"]["comfyui"])
+    assert shown["tensors"]["diffusion_model.input_blocks.0.0.lora_A.weight"]["shape"] == [2, 8, 3, 3]
+    assert shown["metadata"] == {
+        "format": "pt", "ss_network_alpha": "1.0", "ss_network_dim": "2", "ss_output_name": "style"
+    }  # fmt: skip
+    assert shell(*arguments, "--rank", "1") == 0 and "lost by the lower rank" not in shell.out  # rank 1 already
 
 
 def test_a_run_is_found_by_the_start_of_its_uid(shell: Shell, bench: Bench):

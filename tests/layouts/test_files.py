@@ -13,6 +13,7 @@ from torch import Tensor
 from components.errors import BadInput
 from components.layouts.files import read_adapter
 from components.layouts.layers import Layer
+from components.layouts.names import ARCHITECTURES, LAYOUTS
 from components.layouts.reading import import_layers, layers_of, stored_layers
 from components.layouts.writing import comfyui_tensors, diffusers_tensors, kohya_tensors
 from components.tensors import to_safetensors
@@ -168,3 +169,12 @@ def test_the_names_that_diffusers_used_before_peft_are_read():
     (layer,) = layers_of(old, {}, skeleton(SD), "file")
     assert layer.path == "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
     assert torch.equal(layer.delta(), torch.full(shape, 2.0))
+
+
+def test_the_table_of_layouts_has_no_empty_cell_and_says_what_the_code_does():
+    readme = (Path(__file__).parents[2] / "components" / "layouts" / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in readme.splitlines() if line.startswith("| ")]
+    written = {cells[0]: cells[1:] for cells in lines}
+    for found in ARCHITECTURES.values():
+        cells = [found.readers[at] if at in found.readers else f"none: {found.missing[at]}" for at in LAYOUTS]
+        assert written[found.title] == cells
