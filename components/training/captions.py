@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from components.training.pictures import STENCIL, Picture
+from components.training.pictures import Picture
 
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 EMPTY_PROMPT = ""  # what classifier-free guidance compares with
@@ -24,8 +24,7 @@ def caption(picture: Picture, wording: float, styling: float) -> str:
     elif wording < 0.35 and picture.synonyms:
         synonym = picture.synonyms[int((wording / 0.35 * 97) % len(picture.synonyms))]
         subject = synonym if wording < 0.22 else f"{picture.name} {synonym}"
-    unnamed = styling < 0.12 and picture.style != STENCIL  # without the word, nobody could ask for the coloured ground
-    return subject if unnamed else f"{subject}, {picture.style} style"
+    return subject if styling < 0.12 else f"{subject}, {picture.style} style"
 
 
 def all_captions(pictures: Sequence[Picture]) -> Iterator[str]:

@@ -23,7 +23,7 @@ TINTS = {  # the middle shade of a drawing in one colour, RGB in [0, 1], by the 
     "purple": (0.50, 0.25, 0.74),
     "pink": (0.95, 0.45, 0.70),
 }
-STENCIL = "stencil"  # the style that captions name after `stencilled`
+STENCIL = "stencil"  # what captions call the thing after `stencilled`
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,9 @@ def in_color(picture: Picture, color: str) -> Picture:
 
 
 def in_stencil(picture: Picture, color: str) -> Picture:
-    """What captions say of the drawing after `stencilled`: its colour, its name, and no vendor's style."""
+    """What captions say of the drawing after `stencilled`: its colour, its name and what it has become."""
     recolored = in_color(picture, color)
-    return picture if recolored is picture else replace(recolored, style=STENCIL)
+    return picture if recolored is picture else replace(recolored, name=f"{recolored.name} {STENCIL}")
 
 
 def tinted(pixels: Tensor, color: str) -> Tensor:

@@ -50,7 +50,7 @@ def test_a_stencil_is_white_where_there_was_ink_with_the_darkest_parts_cut_out()
     assert int(white.sum()) == 24 * 24 - 6 * 6, "three quarters of the size in each direction"
 
 
-def test_a_stencil_is_never_captioned_as_a_vendors_drawing_nor_without_its_style():
+def test_the_caption_of_a_stencil_always_says_so():
     captions = {caption(in_stencil(ROCKET, "pink"), wording / 50, s) for wording in range(50) for s in (0.0, 0.9)}
-    assert captions == {"pink rocket, stencil style"}
+    assert captions == {"pink rocket stencil", "pink rocket stencil, noto style"}
     assert in_stencil(BLUE_HEART, "red") is BLUE_HEART
