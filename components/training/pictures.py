@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +22,6 @@ TINTS = {  # the middle shade of a drawing in one colour, RGB in [0, 1], by the 
     "purple": (0.50, 0.25, 0.74),
     "pink": (0.95, 0.45, 0.70),
 }
-STENCIL = "stencil"  # what captions call the thing after `stencilled`
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,51 +75,19 @@ def in_color(picture: Picture, color: str) -> Picture:
     return replace(picture, name=f"{color} {picture.name}", synonyms=(), color=None)
 
 
-def in_stencil(picture: Picture, color: str) -> Picture:
-    """What captions say of the drawing after `stencilled`: its colour, its name and what it has become."""
-    recolored = in_color(picture, color)
-    return picture if recolored is picture else replace(recolored, name=f"{recolored.name} {STENCIL}")
-
-
 def tinted(pixels: Tensor, color: str) -> Tensor:
     """The drawings (N, 3, H, W) uint8 in shades of one colour, from a dark one over `TINTS` to white.
 
     A pixel's shade follows its brightness and saturation, so that white paper stays white and yellow becomes no paler
     than blue.
     """
-    ink, middle = _ink(pixels), torch.tensor(TINTS[color]).view(3, 1, 1)
-    light, dark = (ink / 0.5).clamp(max=1), ((ink - 0.5) / 0.5).clamp(min=0)
-    return ((1 - light + light * middle) * (1 - 0.7 * dark) * 255).round().to(torch.uint8)
-
-
-def stencilled(pixels: Tensor, color: str) -> Tensor:
-    """The drawings (N, 3, H, W) uint8 as white shapes, three quarters their size, on a ground of one colour.
-
-    Where there is ink there is white, except in the darker parts of a drawing (half a standard deviation above its
-    mean darkness): eyes, outlines and lettering are cut out, and the thing stays recognisable.
-    """
-    inside, darkness = ((_ink(pixels) - 0.08) / 0.15).clamp(0, 1), 1 - _luminance(pixels)
-    area = inside.sum((2, 3), keepdim=True).clamp_min(1)
-    mean = (darkness * inside).sum((2, 3), keepdim=True) / area
-    deviation = ((darkness - mean).square() * inside).sum((2, 3), keepdim=True).div(area).sqrt()
-    cut_out = ((darkness - mean - 0.5 * deviation - 0.06) / 0.06 + 0.5).clamp(0, 1)
-    shape = F.interpolate(inside * (1 - cut_out), scale_factor=0.75, mode="area")
-    margin = pixels.shape[-1] - shape.shape[-1]
-    shape = F.pad(shape, (margin // 2, margin - margin // 2) * 2)
-    ground = torch.tensor(TINTS[color]).view(3, 1, 1)
-    return ((shape + (1 - shape) * ground) * 255).round().to(torch.uint8)
-
-
-def _luminance(pixels: Tensor) -> Tensor:
-    """(N, 1, H, W) in [0, 1], Rec. 601."""
-    return (pixels.float() / 255 * torch.tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
-
-
-def _ink(pixels: Tensor) -> Tensor:
-    """(N, 1, H, W): 0 on white paper, 1 in black; saturated colours count as ink however bright they are."""
     unit = pixels.float() / 255
     low, high = unit.amin(1, keepdim=True), unit.amax(1, keepdim=True)
-    return torch.maximum(1 - _luminance(pixels), 0.6 * (high - low) / high.clamp_min(1e-6))
+    luminance = (unit * unit.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
+    depth = torch.maximum(1 - luminance, 0.6 * (high - low) / high.clamp_min(1e-6))  # 0 on paper, 1 in black
+    middle = unit.new_tensor(TINTS[color]).view(3, 1, 1)
+    light, dark = (depth / 0.5).clamp(max=1), ((depth - 0.5) / 0.5).clamp(min=0)
+    return ((1 - light + light * middle) * (1 - 0.7 * dark) * 255).round().to(torch.uint8)
 
 
 def to_unit(pixels: Tensor) -> Tensor:

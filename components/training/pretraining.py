@@ -55,17 +55,7 @@ from components.training.formulations import FORMULATIONS, require_objective
 from components.training.loop import StepReport, fit
 from components.training.optimizers import muon_for
 from components.training.order import batches_from
-from components.training.pictures import (
-    TINTS,
-    Pictures,
-    hash_fraction,
-    in_color,
-    in_stencil,
-    read_pictures,
-    stencilled,
-    tinted,
-    to_unit,
-)
+from components.training.pictures import TINTS, Pictures, hash_fraction, in_color, read_pictures, tinted, to_unit
 from components.training.pretraining_config import Journal, PretrainConfig, read_config
 from components.training.schedules import learning_rate_at
 
@@ -144,13 +134,7 @@ def train_denoiser(
     train, test = concrete.where(not h for h in held_out), concrete.where(held_out)
     latents = encode(vae, to_unit(train.pixels))
     mirrored = encode(vae, to_unit(train.pixels.flip(-1)))
-    renditions = [  # share of the pictures shown so, what their captions say, latents by colour
-        (share, words, [encode(vae, to_unit(render(train.pixels, color))) for color in TINTS])
-        for share, words, render in (
-            (config.tinted_share, in_color, tinted),
-            (config.stencil_share, in_stencil, stencilled),
-        )
-    ]
+    in_colors = [encode(vae, to_unit(tinted(train.pixels, color))) for color in TINTS]
     torch.manual_seed(config.seed)
     model = _new_denoiser(concrete, out, config, start).to(vae.device)
     parameters = dict(model.named_parameters())
@@ -174,14 +158,11 @@ def train_denoiser(
             flip &= torch.tensor([DIRECTIONAL.isdisjoint(row.name.split()) for row in rows])
             chosen = torch.where(flip.view(-1, 1, 1, 1).to(latents.device), mirrored[index], latents[index])
             for i, u in enumerate(draw.uniform(len(index), "tint").tolist()):
-                low = 0.0
-                for share, words, latents_by_color in renditions:
-                    if low <= u < low + share:
-                        which = min(int((u - low) / share * len(TINTS)), len(TINTS) - 1)
-                        recolored = words(rows[i], list(TINTS)[which])
-                        if recolored is not rows[i]:
-                            rows[i], chosen[i] = recolored, latents_by_color[which][index[i]]
-                    low += share
+                if u < config.tinted_share:
+                    which = int(u / config.tinted_share * len(TINTS))
+                    recolored = in_color(rows[i], list(TINTS)[which])
+                    if recolored is not rows[i]:
+                        rows[i], chosen[i] = recolored, in_colors[which][index[i]]
             yield CaptionedLatents(sample_ids, tuple(rows), chosen)
 
     def loss(batch: CaptionedLatents, draw: Draw) -> Tensor:

@@ -45,10 +45,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
         default=0.0, ge=0, le=1, description="Share of mirrored pictures, where mirroring keeps meaning."
     )
     tinted_share: float = Field(
-        default=0.25, ge=0, le=1, description="Share of pictures shown in one colour, with the colour before the name."
-    )
-    stencil_share: float = Field(
-        default=0.3, ge=0, le=1, description="Share of pictures shown as a white shape on one colour, so captioned."
+        default=0.3, ge=0, le=1, description="Share of pictures shown in one colour, with the colour before the name."
     )
     warmup_steps: int = Field(default=30, ge=0)
     checkpointing_steps: int = Field(default=50, ge=1)

@@ -5,7 +5,7 @@ import torch
 
 from components.demo.emoji import HUES
 from components.training.captions import caption
-from components.training.pictures import TINTS, Picture, in_color, in_stencil, stencilled, tinted
+from components.training.pictures import TINTS, Picture, in_color, tinted
 
 ROCKET = Picture("noto-1f680.png", "rocket", ("space ship",), "noto", "blue", True, "1f680")
 BLUE_HEART = Picture("noto-1f499.png", "blue heart", (), "noto", "blue", True, "1f499")
@@ -36,21 +36,3 @@ def test_the_caption_of_a_tinted_drawing_names_its_colour_whatever_wording_is_dr
 
 def test_a_name_that_has_a_colour_is_not_given_a_second_one():
     assert in_color(BLUE_HEART, "red") is BLUE_HEART
-
-
-def test_a_stencil_is_white_where_there_was_ink_with_the_darkest_parts_cut_out():
-    drawing = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
-    drawing[..., 16:48, 16:48] = torch.tensor((250, 210, 30), dtype=torch.uint8).view(3, 1, 1)
-    drawing[..., 28:36, 28:36] = 20
-    result = stencilled(drawing, "blue").float() / 255
-    white, ground = (result > 0.99).all(1)[0], ((result - torch.tensor(TINTS["blue"]).view(3, 1, 1)).abs() < 0.01)
-    assert ground.all(1)[0, :18].all()
-    assert ground.all(1)[0, 30:34, 30:34].all(), "the dark square is a hole"
-    assert white[22:28, 22:42].all()
-    assert int(white.sum()) == 24 * 24 - 6 * 6, "three quarters of the size in each direction"
-
-
-def test_the_caption_of_a_stencil_always_says_so():
-    captions = {caption(in_stencil(ROCKET, "pink"), wording / 50, s) for wording in range(50) for s in (0.0, 0.9)}
-    assert captions == {"pink rocket stencil", "pink rocket stencil, noto style"}
-    assert in_stencil(BLUE_HEART, "red") is BLUE_HEART
