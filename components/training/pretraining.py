@@ -134,7 +134,8 @@ def train_denoiser(
     train, test = concrete.where(not h for h in held_out), concrete.where(held_out)
     latents = encode(vae, to_unit(train.pixels))
     mirrored = encode(vae, to_unit(train.pixels.flip(-1)))
-    in_colors = [encode(vae, to_unit(tinted(train.pixels, color))) for color in TINTS]
+    colors = TINTS if config.tinted_share else ()
+    in_colors = [encode(vae, to_unit(tinted(train.pixels, color))) for color in colors]
     torch.manual_seed(config.seed)
     model = _new_denoiser(concrete, out, config, start).to(vae.device)
     parameters = dict(model.named_parameters())
