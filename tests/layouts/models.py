@@ -129,6 +129,10 @@ def layer_names(module: nn.Module) -> list[str]:
 def adapt(module: nn.Module, config: Any, seed: int = 1) -> nn.Module:
     """Give a module an adapter whose every factor is random, so that nothing of it is zero."""
     module.add_adapter(config, adapter_name="default")  # type: ignore[operator]
+    return layers_with_random_factors(module, seed)
+
+
+def layers_with_random_factors(module: nn.Module, seed: int = 1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
