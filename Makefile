@@ -3,7 +3,7 @@
 #   PIP_ARGS  more arguments for pip, such as the --index-url or --find-links that holds the torch build for your GPU
 #   WORKERS   processes that share the tests; one of them has Prefect and MLflow to itself
 #   TESTS     what `make test` runs, for example TESTS=tests/curation
-#   KILLS     how often `make soak` kills a run; SOAK is the folder that keeps its tally
+#   KILLS     how often `make soak` kills a run; SOAK is the folder that keeps the tallies
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -s --timeout=0
 
 soak: $(STAMP)
+	$(BIN)/python -m tests.soak.resume --folder $(SOAK)/resume
 	$(BIN)/python -m tests.soak.kills --kills $(KILLS) --folder $(SOAK)
 
 # The dashboard's tests drive the distribution's Chromium; without one they are skipped and say so.

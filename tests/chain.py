@@ -1,5 +1,6 @@
 """The stages in one process, without servers: what tests of caching, training and evaluation stand on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from components.latents.keys import training_size
 from components.latents.wording import Wording
 from components.stages import Bench, Product, ensure
 from components.training.finetune import fine_tune
+from components.training.processes import ALONE, Processes
 from components.workspace import Workspace
 from tests.pictures import write_pictures, write_recipe
 from tests.tiny import tiny_stable_diffusion
@@ -81,12 +83,14 @@ class Chain:
         work: str = "work",
         stop_after: int | None = None,
         events: list[dict[str, Any]] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        processes: Processes = ALONE,
     ) -> Product:
-        """Train; `stop_after` asks it to stop once that many steps have been reported."""
+        """Train; asked to stop once `stop_after` steps have been reported, or when `should_stop()`."""
         seen: list[dict[str, Any]] = events if events is not None else []
         rows = self.curate(recipe)
 
-        def should_stop() -> bool:
+        def enough() -> bool:
             return stop_after is not None and sum("loss" in event for event in seen) >= stop_after
 
         return fine_tune(
@@ -97,7 +101,8 @@ class Chain:
             training_size(self.base(), recipe.training),
             self.bench.workspace.home / work,
             on_event=seen.append,
-            should_stop=should_stop,
+            should_stop=should_stop or enough,
+            processes=processes,
         )
 
 
