@@ -188,6 +188,13 @@ class TrainingConfig(Config):
     unmasked_weight: float = Field(
         default=0.0, ge=0, lt=1, description="Weight of what a mask leaves out; 0: it does not count."
     )
+    class_prompt: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Prior preservation: what the base draws, to train on beside the data.",
+    )
+    num_class_images: int = Field(default=100, ge=1, description="Pictures of the class, drawn once and kept.")
+    prior_loss_weight: float = Field(default=1.0, gt=0, description="Factor on their loss.")
     checkpointing_steps: int = Field(default=100, ge=1, description="Steps between checkpoints.")
     validation_times: int = Field(default=8, ge=1, description="Stratified times of the fixed-noise validation loss.")
     validation_items: int = Field(
@@ -305,6 +312,9 @@ class TrainingConfig(Config):
             if value != type(self).model_fields[key].default and found not in fitting:
                 expected = "at least 1" if 10 in fitting else " or ".join(map(repr, fitting))
                 raise ValueError(f"{key} is {value!r}, but {other} is {found!r}, expected {expected}")
+        for key in ("num_class_images", "prior_loss_weight"):
+            if self.class_prompt is None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {getattr(self, key)}, but class_prompt is not set, expected a prompt")
         if self.loss_weighting == "min_snr" and self.snr_gamma is None:
             raise ValueError("loss_weighting is 'min_snr', but snr_gamma is not set, expected a number such as 5.0")
         if self.stratified_timesteps and self.train_batch_size == 1:

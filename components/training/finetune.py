@@ -45,6 +45,7 @@ from components.training.imports import continue_adapter, without_adapter
 from components.training.loop import StepReport, fit
 from components.training.optimizers import OPTIMIZERS, averaged
 from components.training.order import batches_from
+from components.training.priors import class_rows, spread_over
 from components.training.processes import ALONE, Processes
 from components.training.samples import CachedSamples, LatentBatch, Positions, cached_samples
 from components.training.schedules import learning_rate_at
@@ -101,7 +102,10 @@ def fine_tune(
             "[[data.sources]]"
         )
     wording = Wording.of(training)
-    train = cached_samples(bench, repeated, base, resolution, masked=training.masked_loss, wording=wording)
+    prior = spread_over(class_rows(bench, base, training, resolution), len(repeated))
+    train = cached_samples(bench, repeated + prior, base, resolution, masked=training.masked_loss, wording=wording)
+    if prior:
+        train = replace(train, weights=(1.0,) * len(repeated) + (training.prior_loss_weight,) * len(prior))
     held_out_rows = [row for row in rows if row.split == "test"]
     shown = _spread(held_out_rows, training.validation_items)
     held_out = cached_samples(bench, shown, base, resolution, masked=training.masked_loss)
@@ -230,7 +234,8 @@ class _FineTuning:
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
         cond = self._on_device(replaced(batch.cond, dropped, self.null))
         latents = self._latents(batch, draw)
-        return self.objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents)).mean()
+        losses = self.objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents))
+        return (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
 
     def _cells(self, batch: LatentBatch, latents: Tensor) -> Tensor | None:
         """Factors (B, 1, h, w) on the error of the latents' cells, a family's packed ones included."""

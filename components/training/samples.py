@@ -1,5 +1,6 @@
 """Samples of a split as training sees them: rows of the latent cache, fetched by content, never by position."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,7 @@ class LatentBatch:
     cond: Tensors
     mask: Tensor | None = None
     wordings: tuple[tuple[str, ...], ...] = ()  # of each sample: cache keys of its captions, `cond` has the first
+    weights: Tensor | None = None  # (B,) factors on the losses; None: all 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +68,20 @@ class CachedSamples:
     masks: ShardReader | None = None
     mask_keys: tuple[str | None, ...] = ()  # None: the whole picture counts
     wordings: tuple[tuple[str, ...], ...] = ()  # of each row: keys of its captions, of which `reworded` draws one
+    weights: tuple[float, ...] = ()  # of each row: factor on its loss; none: all 1
 
     @property
     def ids(self) -> tuple[str, ...]:
-        return tuple(row.sha256 for row in self.rows)
+        """What each row's place in an epoch hangs on; with weights every repeat has its own, so that the class's
+        pictures, of which there are few, come between the data's instead of one after the other."""
+        if not self.weights:
+            return tuple(row.sha256 for row in self.rows)
+        seen: Counter[str] = Counter()
+        ids = []
+        for row in self.rows:
+            ids.append(f"{row.sha256}/{seen[row.sha256]}")
+            seen[row.sha256] += 1
+        return tuple(ids)
 
     def at(self, positions: Sequence[int]) -> Positions:
         return Positions(tuple(positions), tuple(self.rows[i].sha256 for i in positions))
@@ -83,6 +95,7 @@ class CachedSamples:
             | stacked([self.sample_condition(self.framings[i]) for i in positions]),
             self._mask(positions),
             wordings,
+            torch.tensor([self.weights[i] for i in positions]) if self.weights else None,
         )
 
     def reworded(self, batch: LatentBatch, draw: Draw) -> LatentBatch:
