@@ -2,11 +2,15 @@ import hashlib
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -284,6 +288,34 @@ def test_what_another_process_fails_with_is_raised_in_the_first(tmp_path: Path):
         started(request, 2, tmp_path / "work", lambda: False),
     ):
         pass
+
+
+def test_the_other_processes_of_a_training_end_when_the_first_is_killed():
+    first = subprocess.Popen([sys.executable, "-c", FIRST], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    other = psutil.Process(int(first.stdout.readline()))
+    assert other.is_running()
+    first.kill()
+    first.wait()
+    while not ended(other):  # the test's time limit is the limit
+        time.sleep(0.05)
+
+
+def ended(process: psutil.Process) -> bool:
+    """Gone, or dead and not yet reaped by whoever has inherited it."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+FIRST = """
+import time
+from components.training.processes import _worker
+with _worker({"stage": "none", "home": "/nowhere"}) as other:
+    print(other.process.pid, flush=True)
+    time.sleep(600)
+"""
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end():
