@@ -276,8 +276,12 @@ def _replay(run: OpenRun, product: Product) -> None:
 
 
 def _note_adapters(run: OpenRun, result: StageResult) -> None:
+    """A run that only looks at an adapter file leaves an adapter that is known to the training that made it."""
+    only_looks = run.recipe.training.max_train_steps == 0
     with run.bench.catalog.write() as session:
         for checkpoint in _checkpoints(result.product):
+            if only_looks and session.get(Adapter, checkpoint.sha256) is not None:
+                continue
             session.merge(Adapter(sha256=checkpoint.sha256, stage_key=result.key, step=checkpoint.step))
 
 
