@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoKrConfig
+from peft import LoHaConfig, LoKrConfig
 from PIL import Image, ImageChops
 from safetensors.torch import load, load_file
 from torch import Tensor
@@ -104,6 +104,20 @@ def test_a_training_goes_on_from_the_very_weights_of_the_file(chain: Chain, layo
     losses, base = (load_file(chain.bench.store.path(p.outputs["validation"].sha256)) for p in (product, fresh))
     assert torch.equal(losses["base"], base["base"])
     assert not torch.equal(losses["0"], losses["base"])
+
+
+@pytest.mark.parametrize("effective", [False, True], ids=["LoHa", "LoHa, Tucker"])
+def test_a_training_goes_on_from_another_programs_loha(chain: Chain, effective: bool, tmp_path: Path):
+    unet = unet_of(chain)
+    names = [name for name in layer_names(unet) if "resnets" in name or "attn" in name]
+    config = LoHaConfig(r=4, alpha=3.0, target_modules=names, use_effective_conv2d=effective)  # type: ignore[arg-type]
+    adapter = trained(unet, "unet", config)
+    path = tmp_path / "loha.safetensors"
+    path.write_bytes(to_safetensors(tensors_in("kohya", adapter.layers, skeleton_of(chain.base()))))
+    product = chain.fine_tune(looking_at(chain.recipe(*SHORT), path), work=f"loha-{effective}")
+    merged = merged_by_layers(chain, chain.bench.store.read(product.facts["sha256"]))
+    assert sorted(merged) == sorted(adapter.merged)
+    assert max((merged[name] - adapter.merged[name]).abs().max().item() for name in merged) < 2e-6
 
 
 def test_a_continued_training_is_resumed_to_the_same_bytes(chain: Chain, tmp_path: Path):
