@@ -270,7 +270,7 @@ FLUX: dict[str, Any] = {
 MEMBERS = {
     "sd1": Member(tiny_stable_diffusion, _sd, x_t="sample", recipes=("sd15",)),
     "sd2": Member(stable_diffusion_2, _sd, x_t="sample", recipes=("sd21",)),
-    "sdxl": Member(stable_diffusion_xl, _sdxl, x_t="sample", recipes=("sdxl", "sdxl-80gb")),
+    "sdxl": Member(stable_diffusion_xl, _sdxl, x_t="sample", recipes=("sdxl-12gb", "sdxl", "sdxl-80gb")),
     "sd3": Member(stable_diffusion_3, _sd3, training=SHIFTED, recipes=("sd35-medium", "sd35-large")),
     "sd3-without-t5": Member(stable_diffusion_3_without_t5, _sd3, training=SHIFTED),
     "flux1-dev": Member(flux, recipes=("flux1-dev",), **FLUX),

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from components.config import BaseModelConfig, TrainingConfig, load_recipe, parse_recipe
 from components.curation.snapshots import SampleRow
 from components.errors import Stopped
+from components.evaluation.generation import Request, Settings, draw_batch, open_pipeline
 from components.families.bases import BaseModel, resolve_base
 from components.families.family import Framing
 from components.latents.caching import cache_latents
@@ -75,7 +77,7 @@ class Trial:
             "max_train_steps": STEPS,
             "train_batch_size": 2,
             "resolution": self.member.side,
-            "checkpointing_steps": 2,
+            "checkpointing_steps": STEPS,
             "validation_times": 2,
             "preview_prompts": 1,
             "caption_dropout_rate": 0.5,
@@ -101,8 +103,23 @@ class Trial:
     def trained(self) -> Product:
         return self.fine_tune("unbroken")
 
+    @cached_property
+    def untouched(self) -> Any:
+        """The stock pipeline, for tests that leave it as it is."""
+        return self.stock()
+
     def stock(self) -> Any:
         return self.base.architecture.load_pipeline(self.base.path, "cpu", torch.float32)
+
+    def step(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Noisy latents (2, C, h, w) at two times, and what they are conditioned on."""
+        family, path, side = self.base.architecture, self.base.path, self.member.side
+        geometry, framing = family.geometry(path), Framing((side, side), (0, 0), (side, side))
+        cond = family.load_prompt_encoder(path, "cpu").encode(PROMPTS[:2])
+        cond = {name: tensor.clone() for name, tensor in cond.items()}  # autograd takes no tensor of inference mode
+        cells = side // geometry.downscale
+        x_t = torch.randn(2, geometry.channels, cells, cells, generator=torch.Generator().manual_seed(0))
+        return x_t, torch.tensor([100.0, 700.0]), cond | stacked([family.sample_condition(framing)] * 2)
 
     def ask(self, pipeline: Any, prompts: list[str], **options: Any) -> Any:
         """What the stock pipeline draws, one step, without a second pass for guidance."""
@@ -126,7 +143,7 @@ def test_prompt_embeddings_are_those_of_the_stock_pipeline(trial: Trial):
     family, base = trial.base.architecture, trial.base.path
     ours = family.load_prompt_encoder(base, "cpu").encode(PROMPTS)
     with torch.no_grad():
-        stock = trial.member.encode_prompt(trial.stock(), list(PROMPTS))
+        stock = trial.member.encode_prompt(trial.untouched, list(PROMPTS))
     assert ours.keys() == stock.keys()
     for name, tensor in stock.items():
         assert torch.equal(ours[name], tensor), name
@@ -145,9 +162,11 @@ def test_cached_embeddings_are_those_of_the_encoder_in_the_familys_precision(tri
         torch.testing.assert_close(cached[name].to(tensor), tensor, rtol=tolerance, atol=1e-6)
 
 
-def test_the_stock_pipeline_decodes_our_latents_as_what_its_autoencoder_encoded(trial: Trial):
+def test_the_stock_pipeline_decodes_our_latents_as_what_its_autoencoder_encoded(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+):
     """Scaling, shift and packing, undone by the stock pipeline: what reaches its decoder is the encoder's own mean."""
-    family, base, pipeline = trial.base.architecture, trial.base, trial.stock()
+    family, base, pipeline = trial.base.architecture, trial.base, trial.untouched
     sizes = training_buckets(base, trial.member.side)
     pixels = pixels_of(trial.bench.store, [sample_item(row, sizes) for row in trial.rows[:2]])
     encoded = family.load_pixel_encoder(base.path, "cpu").encode(pixels)
@@ -155,7 +174,12 @@ def test_the_stock_pipeline_decodes_our_latents_as_what_its_autoencoder_encoded(
     assert latents.shape[1] == family.geometry(base.path).channels
     seen: list[Tensor] = []
     decode = pipeline.vae.decode
-    pipeline.vae.decode = lambda z, *args, **options: (seen.append(z), decode(z, *args, **options))[1]
+
+    def note(z: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(z)
+        return decode(z, *args, **options)
+
+    monkeypatch.setattr(pipeline.vae, "decode", note)
     final = {"latents": trial.member.pack(pipeline, latents)}
     trial.ask(pipeline, PROMPTS[:2], output_type="pt", callback_on_step_end=lambda *args: final)
     posterior = trial.member.encode_pixels(pipeline, pixels)
@@ -199,7 +223,7 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_step_hands_the_denoiser_what_the_stock_pipeline_hands_it(trial: Trial):
-    family, base, pipeline, side = trial.base.architecture, trial.base, trial.stock(), trial.member.side
+    family, base, pipeline, side = trial.base.architecture, trial.base, trial.untouched, trial.member.side
     denoiser, times, prompts = getattr(pipeline, family.denoiser_part), [], PROMPTS[:2]
 
     def note(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -224,17 +248,24 @@ def test_a_step_hands_the_denoiser_what_the_stock_pipeline_hands_it(trial: Trial
     torch.testing.assert_close(results[0], trial.member.unpack(pipeline, expected, side))
 
 
+def test_activations_that_are_computed_again_change_no_gradient(trial: Trial):
+    family, base = trial.base.architecture, trial.base
+    x_t, t, cond = trial.step()
+    gradients = []
+    for again in (False, True):
+        denoiser: Any = family.load_denoiser(base.path, "cpu").train()
+        parameters = add_adapter(denoiser, family, TrainingConfig(targets="all"))
+        if again:
+            denoiser.enable_gradient_checkpointing()
+        family.denoise(denoiser, x_t, t, cond).square().mean().backward()
+        gradients.append([parameter.grad for _, parameter in parameters])
+    assert all(torch.equal(once, twice) for once, twice in zip(*gradients, strict=True))
+
+
 def test_a_frozen_base_in_half_precision_trains_a_float32_adapter_and_draws_with_it(trial: Trial):
     """What a GPU does, on the CPU: bfloat16 weights under autocast say nearly what the float32 ones say."""
-    family, base, geometry = trial.base.architecture, trial.base, trial.base.architecture.geometry(trial.base.path)
-    side = trial.member.side
-    cond = dict(family.load_prompt_encoder(base.path, "cpu").encode(PROMPTS[:2]))
-    cond |= stacked([family.sample_condition(Framing((side, side), (0, 0), (side, side)))] * 2)
-    cond = {name: tensor.clone() for name, tensor in cond.items()}  # autograd takes no tensor of inference mode
-    cells = side // geometry.downscale
-    x_t = torch.randn(2, geometry.channels, cells, cells, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([100.0, 700.0])
-    said = []
+    family, base, said = trial.base.architecture, trial.base, []
+    x_t, t, cond = trial.step()
     for dtype in (torch.float32, torch.bfloat16):
         denoiser = family.load_denoiser(base.path, "cpu", dtype)
         parameters = add_adapter(denoiser, family, TrainingConfig(targets="all"))
@@ -281,12 +312,16 @@ def test_what_was_cached_and_trained_is_drawn_by_the_stock_pipeline_as_other_pic
     after = trial.ask(pipeline, PROMPTS[:1], output_type="pt")
     assert before.shape[-2:] == after.shape[-2:] == (trial.member.side, trial.member.side)
     assert torch.isfinite(after).all() and (after - before).abs().max() > 1e-4
+    ours = open_pipeline(trial.bench.store, trial.base, product.outputs["adapter"].sha256, "auto")
+    request = Request(0, PROMPTS[0], None, seed=0)
+    (image,) = draw_batch(ours, [request], Settings(1, 1.0, "auto", trial.member.side, 1, torch.get_num_threads()))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(pixels, after[0].cpu(), atol=1 / 255, rtol=0)
 
 
-def test_a_training_stopped_after_every_step_ends_with_the_bytes_of_an_unbroken_one(trial: Trial):
-    for _ in range(STEPS - 1):
-        with pytest.raises(Stopped):
-            trial.fine_tune("broken", stop_after=1)
+def test_a_training_that_was_stopped_ends_with_the_bytes_of_an_unbroken_one(trial: Trial):
+    with pytest.raises(Stopped):
+        trial.fine_tune("broken", stop_after=2)
     broken = trial.fine_tune("broken").outputs
     assert {name: ref.sha256 for name, ref in broken.items()} == {
         name: ref.sha256 for name, ref in trial.trained.outputs.items()
