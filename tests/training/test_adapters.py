@@ -13,6 +13,9 @@ from torch import Tensor
 from components.config import BaseModelConfig, TrainingConfig
 from components.errors import BadInput, RecipeError, Stopped
 from components.families.bases import BaseModel, resolve_base
+from components.layouts.reading import layers_of, stored_layers
+from components.layouts.skeleton import skeleton_of
+from components.layouts.writing import kohya_tensors
 from components.training.adapters import (
     ADAPTER_FILE,
     KINDS,
@@ -139,6 +142,26 @@ def test_merged_into_the_weights_it_computes_the_same(base: BaseModel, kind: str
         if isinstance(module, BaseTunerLayer):
             module.merge(adapter_names=["default"])
     assert differ(output(denoiser), expected) < ROUND_OFF
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kohyas_layout_holds_the_same_update_or_is_said_not_to_exist(base: BaseModel, kind: str):
+    data = adapter_bytes(trained(base, settings(kind)), base.architecture)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    if kind == "oft":
+        with pytest.raises(BadInput, match="OFT has no file layout"):
+            stored_layers(load(data), header)
+        return
+    layers = {layer.name: layer for layer in stored_layers(load(data), header)}
+    skeleton = skeleton_of(base)
+    written = kohya_tensors(list(layers.values()), skeleton)
+    read = layers_of(written, {}, skeleton, "the file")
+    assert {layer.name for layer in read} == set(layers)
+    for layer in read:
+        assert torch.allclose(layer.delta(), layers[layer.name].delta(), atol=1e-6)
+        magnitude = layers[layer.name].magnitude
+        assert (layer.magnitude is None) == (magnitude is None) == (kind != "dora")
+        assert magnitude is None or torch.equal(layer.magnitude.flatten(), magnitude.flatten())  # type: ignore[union-attr]
 
 
 def test_a_file_of_the_same_adapter_always_has_the_same_bytes(base: BaseModel):
@@ -304,3 +327,14 @@ def test_a_spelled_out_file_names_its_kind(base: BaseModel):
     )
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header["__metadata__"]["safelight.spelled_out_from"] == "LOKR"
+
+
+def test_the_documentation_has_a_row_for_every_kind_and_no_empty_cell():
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    table = [line for line in text.split("## Settings")[0].splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [row[0].strip("`") for row in cells] == list(KINDS)
+    assert all(cell for row in cells for cell in row)
+    assert REFUSAL.split("(", maxsplit=1)[0].split(".", maxsplit=1)[0] in text
+    refused = [row[0].strip("`") for row in cells if row[4] == "refused"]
+    assert refused == ["loha", "lokr", "oft"]
