@@ -18,7 +18,7 @@ from components.curation.pixels import decode
 from components.errors import LatentCacheMismatch, TrainingDiverged
 from components.latents.buckets import fit
 from components.latents.keys import Item
-from components.latents.ragged import Tensors, shortened, stacked
+from components.latents.ragged import Tensors, row_shape, shortened, stacked
 from components.stages import Bench
 from components.storage import ObjectRef, Store, sha256_of
 from components.tensors import to_safetensors
@@ -52,19 +52,18 @@ def encode_missing(
         for first in range(0, len(part), MICRO_BATCH):
             batch = part[first : first + MICRO_BATCH]
             padded = batch + [batch[-1]] * (MICRO_BATCH - len(batch))
-            tensors = {name: tensor[: len(batch)] for name, tensor in encode(padded).items()}
+            tensors = shortened({name: tensor[: len(batch)] for name, tensor in encode(padded).items()})
             _require_finite(batch, tensors)
             pieces.append(tensors)
             on_progress(len(batch))
         for shape in _shapes(pieces):  # one shard per bucket shape
             rows = [
-                (item, piece, i)
+                (item.key, {name: tensor[i] for name, tensor in piece.items()})
                 for piece, first in zip(pieces, range(0, len(part), MICRO_BATCH), strict=True)
                 for i, item in enumerate(part[first : first + MICRO_BATCH])
-                if _shape(piece) == shape
+                if row_shape(piece) == shape
             ]
-            tensors = {name: torch.stack([piece[name][i] for _, piece, i in rows]) for name in rows[0][1]}
-            _commit_shard(bench, encoder, [item.key for item, _, _ in rows], shortened(tensors))
+            _commit_shard(bench, encoder, [key for key, _ in rows], stacked([row for _, row in rows]))
     return len(missing)
 
 
@@ -73,12 +72,8 @@ def _is_intact(store: Store, shard: str) -> bool:
     return path.exists() and sha256_of(path) == shard
 
 
-def _shape(piece: Tensors) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape[1:]) for _, tensor in sorted(piece.items()))
-
-
 def _shapes(pieces: Iterable[Tensors]) -> list[tuple[tuple[int, ...], ...]]:
-    return list(dict.fromkeys(_shape(piece) for piece in pieces))
+    return list(dict.fromkeys(row_shape(piece) for piece in pieces))
 
 
 def _require_finite(batch: list[Item], tensors: Tensors) -> None:

@@ -55,6 +55,13 @@ def replaced(tensors: Mapping[str, Tensor], where: Tensor, other: Mapping[str, T
     return shortened(batch)
 
 
+def row_shape(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of one row by the order of names, without the length of what is as long as its text."""
+    ragged = set(_masked(tensors))
+    ragged |= {f"{name}_mask" for name in ragged}
+    return tuple(tuple(tensors[name].shape[2 if name in ragged else 1 :]) for name in sorted(tensors))
+
+
 def _masked(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     return (name for name in tensors if f"{name}_mask" in tensors)
 

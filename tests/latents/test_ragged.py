@@ -8,7 +8,7 @@ from torch import Tensor
 
 from components.latents.encoding import ShardReader, encode_missing, locate
 from components.latents.keys import Item, caption_item
-from components.latents.ragged import Tensors, replaced, shortened, stacked
+from components.latents.ragged import Tensors, replaced, row_shape, shortened, stacked
 from components.stages import Bench
 from components.workspace import Workspace
 
@@ -76,3 +76,8 @@ def test_the_cache_keeps_the_text_alone_and_gives_it_back_whatever_it_is_read_wi
     assert bench.store.path(shard).stat().st_size < 4096  # six rows of six places, not of 512
     batch = ShardReader(bench.store, places)([items[i].key for i in (2, 0)])
     assert [words(batch, i).tolist() for i in range(2)] == [[1, 2, 3], [1]] and batch["prompt_embeds"].shape[1] == 3
+
+
+def test_rows_have_one_shape_whatever_the_length_of_their_text_and_another_for_anything_else():
+    assert row_shape(texts(3, width=4)) == row_shape(texts(6, 2)) == ((1,), (3,), ())
+    assert row_shape({"mean": torch.ones(2, 4, 8, 6)}) != row_shape({"mean": torch.ones(2, 4, 6, 8)})
