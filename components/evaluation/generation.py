@@ -127,13 +127,14 @@ def open_pipeline(store: Store, base: BaseModel, adapter_sha256: str | None, sch
 def draw_batch(pipeline: Any, requests: Sequence[Request], settings: Settings) -> list[Any]:
     """PIL images of at most one micro-batch of requests, each from its own seed."""
     padded = list(requests) + [requests[-1]] * (settings.batch_size - len(requests))
+    family = FAMILIES[type(pipeline).__name__]
     images = pipeline(
         prompt=[request.prompt for request in padded],
         generator=[torch.Generator("cpu").manual_seed(request.seed) for request in padded],
         num_inference_steps=settings.num_inference_steps,
         height=settings.side,
         width=settings.side,
-        **FAMILIES[type(pipeline).__name__].generation_options(pipeline, settings.guidance_scale),
+        **family.generation_options(pipeline, settings.guidance_scale, len(padded)),
     ).images
     return images[: len(requests)]
 

@@ -12,17 +12,10 @@ if TYPE_CHECKING:
 
 
 class GaussianEncoder:
-    """AutoencoderKL: what is cached is its posterior, `mean` and `logvar`, both (B, C, H/f, W/f) float32."""
+    """AutoencoderKL and its like: what is cached is the posterior, `mean` and `logvar`, (B, C, H/f, W/f) float32."""
 
-    def __init__(self, base: Path, device: str):
-        import torch
-        from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
-
-        self._vae: Any = AutoencoderKL.from_pretrained(
-            base, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
-        ).eval()
-        self._vae.to(device)
-        self._device = device
+    def __init__(self, base: Path, device: str, autoencoder: str = "AutoencoderKL"):
+        self._vae, self._device = _load(base, device, autoencoder), device
 
     def encode(self, pixels: "Tensor") -> "Tensors":
         import torch
@@ -30,6 +23,34 @@ class GaussianEncoder:
         with torch.inference_mode():
             posterior = self._vae.encode(pixels.to(self._device)).latent_dist
         return {"mean": posterior.mean.cpu(), "logvar": posterior.logvar.cpu()}
+
+
+class OneFrameEncoder(GaussianEncoder):
+    """A video autoencoder's posterior of a single frame, without the time that it gives back."""
+
+    def encode(self, pixels: "Tensor") -> "Tensors":
+        return {name: tensor.squeeze(2) for name, tensor in super().encode(pixels.unsqueeze(2)).items()}
+
+
+class DeterministicEncoder:
+    """An autoencoder without a posterior: what is cached is its `latent`, (B, C, H/f, W/f) float32."""
+
+    def __init__(self, base: Path, device: str, autoencoder: str):
+        self._vae, self._device = _load(base, device, autoencoder), device
+
+    def encode(self, pixels: "Tensor") -> "Tensors":
+        import torch
+
+        with torch.inference_mode():
+            return {"latent": self._vae.encode(pixels.to(self._device)).latent.cpu()}
+
+
+def _load(base: Path, device: str, autoencoder: str) -> Any:
+    import diffusers
+    import torch
+
+    cls: Any = getattr(diffusers, autoencoder)
+    return cls.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval().to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +72,16 @@ class GaussianLatents:
         mean, logvar = cached["mean"].float(), cached["logvar"].float()
         latents = mean + (0.5 * logvar).exp() * normal(mean.shape)
         return (latents - _by_channel(self.shift, latents)) * _by_channel(self.factor, latents)
+
+
+@dataclass(frozen=True, slots=True)
+class DeterministicLatents:
+    """A cached latent * factor."""
+
+    factor: float
+
+    def __call__(self, cached: "Tensors", normal: "Normal") -> "Tensor":
+        return cached["latent"].float() * self.factor
 
 
 def _by_channel(value: float | tuple[float, ...], latents: "Tensor") -> "float | Tensor":

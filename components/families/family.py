@@ -163,8 +163,8 @@ class Family(ABC):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def generation_options(self, pipeline: Any, guidance_scale: float) -> dict[str, Any]:
-        """How the stock pipeline is asked for pictures of that guidance, besides prompt, size, steps and seed."""
+    def generation_options(self, pipeline: Any, guidance_scale: float, batch_size: int) -> dict[str, Any]:
+        """How the stock pipeline is asked for a batch of that guidance (1 is none), besides what every one is asked."""
         return {"guidance_scale": guidance_scale}
 
     def target_modules(self, denoiser: "nn.Module", preset: str) -> list[str]:

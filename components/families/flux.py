@@ -88,7 +88,7 @@ class Flux(Family):
         )[0]
         return unpacked(tokens, height, width)
 
-    def generation_options(self, pipeline: Any, guidance_scale: float) -> dict[str, Any]:
+    def generation_options(self, pipeline: Any, guidance_scale: float, batch_size: int) -> dict[str, Any]:
         """Guidance is told, not made of two passes; schnell knows none, and reads shorter texts."""
         tokens = T5_TOKENS[bool(pipeline.transformer.config.guidance_embeds)]
         return {"guidance_scale": guidance_scale, "max_sequence_length": tokens}
