@@ -25,10 +25,12 @@ LINKS = set(re.findall(r"\]\(([^)]+)\)", README))
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_one_that_safelight_has(line: str):
-    group = typer.main.get_command(app)
-    name, *rest = shlex.split(line)[1:]
-    assert name in group.commands  # type: ignore[attr-defined]
-    known = {option for parameter in group.commands[name].params for option in parameter.opts}  # type: ignore[attr-defined]
+    command, rest = typer.main.get_command(app), shlex.split(line)[1:]
+    while commands := getattr(command, "commands", None):
+        name, *rest = rest
+        assert name in commands
+        command = commands[name]
+    known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in rest if word.startswith("--")} <= known
 
 

@@ -215,7 +215,7 @@ def _grouped(tensors: Mapping[str, Tensor], origin: str) -> dict[str, tuple[Kind
     for key, tensor in tensors.items():
         match = KEY.match(key)
         if match is None:
-            hint = "OFT has no file layout, export it merged" if "oft_" in key else "no other kind can be read"
+            hint = "OFT has no file layout, use the registered model" if "oft_" in key else "no other kind can be read"
             raise BadInput(f"{origin}: {key[:80]!r} is no weight of a LoRA, DoRA, LoHa or LoKr; {hint}")
         factor = LEAVES[match["leaf"]]
         groups[match["module"]][factor] = tensor
