@@ -11,7 +11,7 @@ from components.families.bases import resolve_base
 from components.layouts.files import read_metadata
 from components.stages import Bench
 from components.storage import atomic_write
-from flows.children import TorchChild
+from flows.children import TorchChild, threads_for
 from flows.showing import find_version
 
 
@@ -43,7 +43,7 @@ def draw(
     config, adapter_sha256 = _contender(bench, model, adapter, base)
     if adapter is not None:
         read_metadata(adapter)
-    resolve_base(config)
+    threads = threads_for(resolve_base(config))
     settings = EvaluationConfig.model_validate({}).model_dump(mode="json")
     settings |= {"num_inference_steps": wanted.num_inference_steps} if wanted.num_inference_steps else {}
     settings |= {"guidance_scale": wanted.guidance_scale} if wanted.guidance_scale else {}
@@ -53,7 +53,7 @@ def draw(
         for offset in range(wanted.count)
     ]
     settings["batch_size"] = min(settings["batch_size"], len(requests))
-    with TorchChild(bench.workspace, bench.workspace.logs / "generate.log") as child:
+    with TorchChild(bench.workspace, bench.workspace.logs / "generate.log", threads=threads) as child:
         if adapter is not None:
             file = {"stage": "import", "base": config.model_dump(mode="json"), "path": str(adapter.resolve())}
             adapter_sha256 = child.ask(file, on_event).outputs["adapter"].sha256

@@ -17,7 +17,7 @@ from components.families.bases import BaseModel, resolve_base
 from components.stages import Bench, Product, StageResult, ensure
 from components.storage import lack_of_room
 from components.workspace import Workspace
-from flows.children import ROOT, TorchChild
+from flows.children import ROOT, TorchChild, threads_for
 from flows.tracking import recovery
 from flows.tracking.tracker import Tracker, open_tracker
 
@@ -103,7 +103,8 @@ def open_run(
     document = recipe.model_dump(mode="json")
     with recorded(bench, document, kind=kind, run_uid=run_uid, tags=tags) as (uid, tracker):
         on_event({"event": "run", "run_uid": uid})
-        with TorchChild(bench.workspace, bench.workspace.run_dir(uid) / "torch.log") as child:
+        log = bench.workspace.run_dir(uid) / "torch.log"
+        with TorchChild(bench.workspace, log, threads=threads_for(base)) as child:
             yield OpenRun(bench, recipe, uid, base, child, tracker, on_event)
 
 
