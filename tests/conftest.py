@@ -40,6 +40,7 @@ class Served:
     environment: dict[str, str]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For runs on several processes: what shares the servers goes to one of them and first, the rest file by file."""
     for item in items:

@@ -54,6 +54,12 @@ class Gate:
     decision: str = ""
     reasons: tuple[Reason, ...] = ()
 
+    @property
+    def why(self) -> str:
+        """The first sentence with the verdict's own outcome, else the first of all; "" where no gate has spoken."""
+        deciding = [reason for reason in self.reasons if reason.outcome == self.decision]
+        return next((reason.sentence for reason in (*deciding, *self.reasons)), "")
+
 
 @dataclass(frozen=True, slots=True)
 class Thumb:

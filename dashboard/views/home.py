@@ -127,7 +127,7 @@ def _waiting_card(desk: Desk, item: Waiting) -> Markup:
     review = address("compare", evaluation=item.evaluation_key)
     thumbs = pictures((desk.thumb(thumb.image_sha256), thumb.prompt) for thumb in item.thumbs)
     flagged = f" · {plural(item.flagged, 'flag')}" if item.flagged else ""
-    said = item.gate.reasons[0].sentence if item.gate.reasons else "The gate has not spoken."
+    said = item.gate.why or "The gate has not spoken."
     return Markup(
         '<article class="sl-card sl-wait-card"><div class="sl-grow"><h3>{} <small>version {}</small> {}</h3>'
         '<p>{}</p><p class="sl-quiet">{} of {} rated{} · registered {}</p>'

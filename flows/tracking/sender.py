@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Experiment
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens the page of runs, not that of agents
 logger = logging.getLogger(__name__)
 
 
@@ -185,7 +186,8 @@ def _experiment(client: "MlflowClient", name: str) -> "Experiment":
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.get_experiment(client.create_experiment(name, artifact_location=f"mlflow-artifacts:/{name}"))
+            where = f"mlflow-artifacts:/{name}"
+            return client.get_experiment(client.create_experiment(name, artifact_location=where, tags=EXPERIMENT_TAGS))
         except MlflowException:  # somebody else was faster
             found = client.get_experiment_by_name(name)
             if found is None:

@@ -128,3 +128,10 @@ def test_models_come_newest_first_with_their_files(filled: Seeded):
     ]
     assert cards[0].files[0][0] == "adapter file"
     assert [move.decided_by for move in overview.moves(filled.bench.catalog, "app-icons")] == ["Ana", "gate"]
+
+
+def test_a_verdict_is_told_by_the_sentence_that_decided_it():
+    reasons = tuple(overview.Reason(*pair) for pair in (("pass", "Enough prompts."), ("hold", "A loss is possible.")))
+    assert overview.Gate("hold", reasons).why == "A loss is possible."
+    assert overview.Gate("promote", reasons[:1]).why == "Enough prompts."
+    assert overview.Gate().why == ""
