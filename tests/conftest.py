@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before any test module imports prefect, mlflow or torch: no telemetry, nobody's real workspace, no spinning threads.
 for name in [name for name in os.environ if name.startswith(("SAFELIGHT_", "PREFECT_", "MLFLOW_"))]:
@@ -40,13 +41,24 @@ class Served:
     environment: dict[str, str]
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+SHARING = "tests/flows/"  # what shares the servers of `served`
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For runs on several processes: what shares the servers goes to one of them and first, the rest file by file."""
-    for item in items:
-        shares = "served" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("served" if shares else item.path.name))
-    items.sort(key=lambda item: "served" not in getattr(item, "fixturenames", ()))
+    """What takes longest comes first, so that no process ends alone."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SHARING))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """On several processes: what shares the servers goes to one of them, the rest file by file to whichever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServers(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SHARING if nodeid.startswith(SHARING) else nodeid.partition("::")[0]
+
+    return ByServers(config, log)
 
 
 @pytest.fixture
