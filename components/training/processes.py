@@ -23,6 +23,7 @@ from components import errors
 from components.errors import SafelightError, StageFailed, Stopped
 
 PATIENCE = timedelta(days=1)  # the others wait while the first validates and draws previews
+MEETING = timedelta(minutes=2)  # for all to come to the rendezvous, torch imported
 LAST_WORDS_S = 5.0  # for a process that fails to say why
 RENDEZVOUS = "rendezvous"
 
@@ -74,14 +75,24 @@ ALONE = Processes()
 
 @contextmanager
 def joined(rank: int, count: int, folder: Path) -> Iterator[Processes]:
-    """Meet the other processes in `folder`; within the block each takes its part of the threads and its own GPU."""
+    """Meet the other processes in `folder`; within the block each takes its part of the threads and its own GPU.
+
+    Raises: StageFailed when not all have come within `MEETING`.
+    """
+    store = distributed.FileStore(str(folder / RENDEZVOUS), count)
+    store.set(f"here-{rank}", "")
+    try:
+        store.wait([f"here-{other}" for other in range(count)], MEETING)
+    except RuntimeError:
+        raise StageFailed(
+            f"not all of the {count} training processes were there after {MEETING.seconds} s; "
+            "run the same command again"
+        ) from None
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // count))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / RENDEZVOUS}", rank=rank, world_size=count, timeout=PATIENCE
-    )
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         yield Processes(rank, count)
     finally:
@@ -109,7 +120,7 @@ def started(
         try:
             with joined(0, count, folder) as processes:
                 yield processes
-        except RuntimeError:  # gloo lost a process: what that one said is the cause
+        except (RuntimeError, StageFailed):  # gloo lost a process: what that one said is the cause
             for other in others:
                 other.raise_its_error()
             raise

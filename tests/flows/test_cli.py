@@ -29,6 +29,7 @@ COMMANDS = [
     *("demo", "init", "up", "down", "status", "doctor", "plan", "curate", "cache", "retrain", "evaluate", "promote"),
     *("schedule", "runs", "show", "logs", "stop", "generate", "export", "pretrain"),
 ]
+GROUPS = {"study": ["samplers"]}
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,12 +53,12 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         line.split()[0]
         for line in told.partition("Commands:")[2].splitlines()
         if line.startswith("  ") and line[2] != " "
-    ] == COMMANDS
+    ] == [*COMMANDS, *GROUPS]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_and_json(shell: Shell, command: str):
-    assert shell(command, "--help") == 0
+@pytest.mark.parametrize("words", [[name] for name in COMMANDS] + [[g, name] for g in GROUPS for name in GROUPS[g]])
+def test_every_command_has_help_and_json(shell: Shell, words: list[str]):
+    assert shell(*words, "--help") == 0
     assert "--json" in shell.out
 
 

@@ -1,12 +1,12 @@
 import hashlib
 import json
 import math
-import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from components.diffusion.draws import Draw, Draws
 from components.errors import OutOfMemory, StageFailed, TrainingDiverged
+from components.training import processes
 from components.training.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from components.training.ema import ExponentialAverage
 from components.training.gradients import LossScaler, Passes
@@ -25,6 +26,7 @@ from components.training.order import batches_from
 from components.training.processes import Processes, joined, started
 from components.training.schedules import learning_rate_at
 
+ROOT = Path(__file__).parents[2]
 IDS = tuple(f"s{i}" for i in range(10))
 DATA = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 
@@ -263,14 +265,20 @@ def in_two_processes(rank: int, folder: Path) -> tuple[Run, Run, Run]:
         return unbroken, stopped, fit_shared(Run(folder), processes)
 
 
+SECOND = """
+import sys
+from pathlib import Path
+from tests.training.test_loop import in_two_processes
+in_two_processes(1, Path(sys.argv[1]))
+"""
+
+
 def test_two_processes_train_like_one_with_twofold_accumulation_and_resume_to_the_bit(tmp_path: Path):
     alone = Run()
     alone.fit(20, batches=rows_from(0), gradient_accumulation_steps=2)
-    other = multiprocessing.get_context("spawn").Process(target=in_two_processes, args=(1, tmp_path))
-    other.start()
+    other = subprocess.Popen([sys.executable, "-c", SECOND, tmp_path], cwd=ROOT)
     unbroken, stopped, resumed = in_two_processes(0, tmp_path)
-    other.join()
-    assert other.exitcode == 0
+    assert other.wait() == 0
     assert stopped.start_step == 0 and resumed.start_step == 7
     assert resumed.digest() == unbroken.digest()
     assert stopped.reports + resumed.reports == unbroken.reports
@@ -279,6 +287,16 @@ def test_two_processes_train_like_one_with_twofold_accumulation_and_resume_to_th
         assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-6)
     for ours, theirs in zip(unbroken.model.parameters(), alone.model.parameters(), strict=True):
         assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_a_process_that_the_others_wait_for_in_vain_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    with pytest.raises(StageFailed, match="not all of the 2 training processes were there after 1 s"), joined(
+        0, 2, tmp_path
+    ):
+        pass
 
 
 def test_what_another_process_fails_with_is_raised_in_the_first(tmp_path: Path):
