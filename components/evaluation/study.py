@@ -39,6 +39,12 @@ class StudyPlan:
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     guidance_steps: int = 20
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "StudyPlan":
+        """From JSON, which has lists."""
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return cls(**given)
+
 
 @dataclass(frozen=True, slots=True)
 class Point:

@@ -156,7 +156,7 @@ class _FineTuning:
         else:
             self.parameters, self.initial = continue_adapter(self.denoiser, base, training)
         if training.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
         if (limit := training.scale_weight_norms) is not None:
             self.optimizer.register_step_post_hook(lambda *_: limit_norms(self.denoiser, limit))

@@ -79,7 +79,7 @@ def joined(rank: int, count: int, folder: Path) -> Iterator[Processes]:
 
     Raises: StageFailed when not all have come within `MEETING`.
     """
-    store = distributed.FileStore(str(folder / RENDEZVOUS), count)
+    store = distributed.FileStore(str(folder / RENDEZVOUS), count)  # pyright: ignore[reportPrivateImportUsage]
     store.set(f"here-{rank}", "")
     try:
         store.wait([f"here-{other}" for other in range(count)], MEETING)

@@ -187,7 +187,7 @@ def _study(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
         bench,
         read_manifest(bench.store, request["snapshot"]),
         {name: resolve_base(BaseModelConfig(**base)) for name, base in request["bases"].items()},
-        StudyPlan(**{name: tuple(v) if isinstance(v, list) else v for name, v in request["plan"].items()}),
+        StudyPlan.of(request["plan"]),
         EvaluationConfig(**request["evaluation"]),
         request["resolution"],
         run_uid=request["run_uid"],
