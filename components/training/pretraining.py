@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads steal the cores that others need
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from components.diffusion.draws import Draw, Draws
-from components.errors import DamagedArtifact
+from components.errors import BadInput, DamagedArtifact, SafelightError
 from components.evaluation.embedders import ImageNetEmbedder
 from components.training.assembly import assemble_pipeline, write_concepts
 from components.training.autoencoder import (
@@ -61,6 +61,10 @@ from components.training.schedules import learning_rate_at
 
 Stage = Literal["vae", "unet", "assemble", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+SHAPING = (  # settings that decide what the weights are; others may change while training goes on
+    *("objective", "vocab_size", "max_prompt_tokens", "text_size", "text_layers"),
+    *("unet_channels", "unet_layers_per_block"),
+)
 DIRECTIONAL = frozenset(  # words of drawings that mean something else when mirrored
     ("left", "right", "arrow", "arrows", "button", "check", "question", "note", "book", "page")
 )
@@ -128,7 +132,11 @@ def train_denoiser(
     It runs on the device of `vae`. Without a checkpoint in `out` it begins with the weights of the pipeline folder
     `start`, or with fresh ones. The journal gets the training loss and, at checkpoints, the fixed-noise loss of the
     averaged weights on trained pictures and on held-out ones (one style of an emoji whose other styles are trained on).
+    Raises: BadInput when the checkpoint in `out` is of a model of other sizes or another objective.
     """
+    checkpoint = newest_checkpoint(out)
+    if checkpoint:
+        _require_same_model(out, checkpoint.facts["config"], config)
     concrete = pictures.where(row.concrete for row in pictures.rows)
     held_out = [hash_fraction(row.file_name) < config.held_out_styles for row in concrete.rows]
     train, test = concrete.where(not h for h in held_out), concrete.where(held_out)
@@ -142,7 +150,7 @@ def train_denoiser(
     optimizer = muon_for(parameters, config.unet_learning_rate, exclude=("embedding", "conv_in", "conv_out"))
     ema = ExponentialAverage(parameters.items(), config.ema_decay)
     journal, start_step = Journal(out / "journal.jsonl"), 0
-    if checkpoint := newest_checkpoint(out):
+    if checkpoint:
         model.load_state_dict(checkpoint.tensors["model"])
         restore_optimizer(optimizer, checkpoint.tensors["optimizer"])
         ema.load(checkpoint.tensors["ema"])
@@ -182,7 +190,7 @@ def train_denoiser(
             losses = {f"{name}_loss": fixed_noise_loss(model, objective, *probe) for name, probe in probes.items()}
         journal(step=steps, **losses)
         tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer), "ema": ema.tensors}
-        save_checkpoint(out, steps, tensors, {"config": config.model_dump()})
+        save_checkpoint(out, steps, tensors, {"config": config.model_dump(mode="json")})
 
     lr_at = learning_rate_at(
         "cosine", config.unet_learning_rate, max_train_steps=config.unet_steps, warmup_steps=config.warmup_steps
@@ -246,6 +254,15 @@ def run_stage(
         print(json.dumps(figures), flush=True)
 
 
+def _require_same_model(out: Path, before: dict[str, Any], config: PretrainConfig) -> None:
+    now = config.model_dump(mode="json")
+    changed = [f"{name} {before[name]} (asked for: {now[name]})" for name in SHAPING if before[name] != now[name]]
+    if changed:
+        raise BadInput(
+            f"{out}: its checkpoint has {', '.join(changed)}; choose another --out, or the settings it was begun with"
+        )
+
+
 def _new_denoiser(concrete: Pictures, out: Path, config: PretrainConfig, start: Path | None) -> TextToLatents:
     tokenizer_dir = out / "tokenizer"
     if start:
@@ -292,11 +309,14 @@ def main() -> None:
     missing = STAGES[1:] if arguments.start or arguments.autoencoder else STAGES
     stages: tuple[Stage, ...] = (arguments.stage,) if arguments.stage else missing
     for stage in stages:
-        run_stage(
-            stage, arguments.data, arguments.out, config,
-            device=arguments.device, start=arguments.start, autoencoder=arguments.autoencoder,
-            should_stop=stopped.is_set,
-        )  # fmt: skip
+        try:
+            run_stage(
+                stage, arguments.data, arguments.out, config,
+                device=arguments.device, start=arguments.start, autoencoder=arguments.autoencoder,
+                should_stop=stopped.is_set,
+            )  # fmt: skip
+        except SafelightError as error:
+            sys.exit(f"error: {error}")
         if stopped.is_set():
             sys.exit(143)
 

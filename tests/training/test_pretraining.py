@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from components.errors import BadInput
 from components.training.base_evaluation import retrieval, tile
 from components.training.checkpoints import newest_checkpoint
 from components.training.pictures import hash_fraction, read_pictures
@@ -63,6 +64,13 @@ def test_a_stopped_pre_training_resumes_to_the_bits_of_an_unbroken_one(run: Path
     assert ours is not None and theirs is not None and ours.step == theirs.step == 4
     for part in ("model", "ema"):
         assert all(torch.equal(tensor, theirs.tensors[part][name]) for name, tensor in ours.tensors[part].items())
+
+
+def test_going_on_with_a_model_of_other_sizes_is_refused_in_one_line(run: Path, data: Path):
+    wider = TINY.model_copy(update={"unet_channels": (48, 96)})
+    with pytest.raises(BadInput, match=r"unet_channels \[48, 48\] \(asked for: \[48, 96\]\); choose another") as error:
+        run_stage("unet", data, run, wider)
+    assert "\n" not in str(error.value)
 
 
 def test_training_can_go_on_from_a_finished_pipeline(run: Path, data: Path, tmp_path: Path):
