@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads steal the cores that others need
 
@@ -39,7 +39,13 @@ from components.training.autoencoder import (
 )
 from components.training.base_evaluation import draw_curves, evaluate_base
 from components.training.captions import all_captions, train_tokenizer
-from components.training.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from components.training.checkpoints import (
+    Checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
 from components.training.denoiser import (
     CaptionedLatents,
     TextToLatents,
@@ -134,9 +140,7 @@ def train_denoiser(
     averaged weights on trained pictures and on held-out ones (one style of an emoji whose other styles are trained on).
     Raises: BadInput when the checkpoint in `out` is of a model of other sizes or another objective.
     """
-    checkpoint = newest_checkpoint(out)
-    if checkpoint:
-        _require_same_model(out, checkpoint.facts["config"], config)
+    checkpoint = _checkpoint_to_go_on_from(out, config)
     concrete = pictures.where(row.concrete for row in pictures.rows)
     held_out = [hash_fraction(row.file_name) < config.held_out_styles for row in concrete.rows]
     train, test = concrete.where(not h for h in held_out), concrete.where(held_out)
@@ -254,13 +258,17 @@ def run_stage(
         print(json.dumps(figures), flush=True)
 
 
-def _require_same_model(out: Path, before: dict[str, Any], config: PretrainConfig) -> None:
-    now = config.model_dump(mode="json")
+def _checkpoint_to_go_on_from(out: Path, config: PretrainConfig) -> Checkpoint | None:
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None:
+        return None
+    before, now = checkpoint.facts["config"], config.model_dump(mode="json")
     changed = [f"{name} {before[name]} (asked for: {now[name]})" for name in SHAPING if before[name] != now[name]]
     if changed:
         raise BadInput(
             f"{out}: its checkpoint has {', '.join(changed)}; choose another --out, or the settings it was begun with"
         )
+    return checkpoint
 
 
 def _new_denoiser(concrete: Pictures, out: Path, config: PretrainConfig, start: Path | None) -> TextToLatents:
