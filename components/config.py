@@ -332,7 +332,17 @@ class EvaluationConfig(Config):
     num_inference_steps: int = Field(default=25, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(default=4.0, ge=1, description="Classifier-free guidance; 1: off.")
     scheduler: Literal[
-        "auto", "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmsolver++", "sde-dpmsolver++", "unipc"
+        "auto",
+        "ddpm",
+        "ddim",
+        "euler",
+        "euler_ancestral",
+        "heun",
+        "dpmsolver++",
+        "sde-dpmsolver++",
+        "unipc",
+        "flow_euler",
+        "flow_heun",
     ] = Field(default="auto", description="Sampler; auto: the base's own.")
     embedder: str = Field(
         default="auto", description='Feature space of the metrics; auto: "imagenet", which is offline.'

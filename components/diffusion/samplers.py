@@ -5,7 +5,7 @@ for those of another model and draw noise.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,10 +64,11 @@ SAMPLERS = {
 }
 
 
-def sampler_from_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+def sampler_from_scheduler(name: str, config: Mapping[str, Any], *, unfit: Collection[str] = ()) -> Any:
     """The diffusers scheduler of sampler `name` for a base with this scheduler config; "auto" is the base's own.
 
-    Raises: BaseModelError for an unknown name, or when the sampler is not for the base's path or prediction.
+    `unfit` names samplers that the base's pipeline cannot run. Raises: BaseModelError for one of these, an unknown
+    name, or when the sampler is not for the base's path or prediction.
     """
     import diffusers
 
@@ -77,12 +78,15 @@ def sampler_from_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         raise BaseModelError(f"sampler is {name!r}, expected auto, {', '.join(SAMPLERS)}")
     sampler, path = SAMPLERS[name], type(path_from_scheduler(config))
     prediction = prediction_from_scheduler(config).name
-    if path not in sampler.classes or prediction in sampler.unable:
-        suited = [n for n, entry in SAMPLERS.items() if path in entry.classes and prediction not in entry.unable]
-        raise BaseModelError(
-            f"sampler is {name!r}, but the base model predicts {prediction!r} on a {PATH_NAMES[path]} path, "
-            f"expected auto, {', '.join(suited)}"
+    suited = [n for n, entry in SAMPLERS.items() if path in entry.classes and prediction not in entry.unable]
+    if name not in suited or name in unfit:
+        why = (
+            "the base model's stock pipeline cannot run it"
+            if name in suited
+            else f"the base model predicts {prediction!r} on a {PATH_NAMES[path]} path"
         )
+        expected = ", ".join(["auto", *(other for other in suited if other not in unfit)])
+        raise BaseModelError(f"sampler is {name!r}, but {why}, expected {expected}")
     scheduler: Any = getattr(diffusers, sampler.classes[path])
     settings = {**_said_in_every_way(config, path, prediction), **sampler.changes}
     taken = inspect.signature(scheduler).parameters

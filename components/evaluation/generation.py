@@ -113,12 +113,13 @@ def draw_gallery(
 def open_pipeline(store: Store, base: BaseModel, adapter_sha256: str | None, scheduler: str) -> Any:
     """The stock pipeline of a base, in its family's precision, with an adapter of the store loaded the stock way.
 
-    Raises: BaseModelError when `scheduler` names a sampler that is not for the base's path or prediction.
+    Raises: BaseModelError when `scheduler` names a sampler that is not for the base or its stock pipeline.
     """
     family, device = base.architecture, default_device()
     pipeline = family.load_pipeline(base.path, device, family.dtype(device))
     if scheduler != "auto":
-        pipeline.scheduler = sampler_from_scheduler(scheduler, pipeline.scheduler.config)
+        config = pipeline.scheduler.config
+        pipeline.scheduler = sampler_from_scheduler(scheduler, config, unfit=family.unfit_samplers(config))
     if adapter_sha256 is not None:
         load_adapter(pipeline, store.read(adapter_sha256), base.architecture, base.path)
     return pipeline

@@ -79,7 +79,7 @@ def cells(bases: Mapping[str, BaseModel], plan: StudyPlan, guidance_scale: float
         config = base.architecture.scheduler_config(base.path)
         for sampler in plan.samplers:
             try:
-                sampler_from_scheduler(sampler, config)
+                sampler_from_scheduler(sampler, config, unfit=base.architecture.unfit_samplers(config))
             except BaseModelError as error:
                 refused[sampler] = error
                 continue
@@ -188,7 +188,8 @@ def _plain(point: Point) -> dict[str, Any]:
 
 def network_evaluations(base: BaseModel, sampler: str, steps: int) -> int:
     """How often a picture of `steps` steps asks the network: Heun's method asks twice in all but the last."""
-    scheduler = sampler_from_scheduler(sampler, base.architecture.scheduler_config(base.path))
+    config = base.architecture.scheduler_config(base.path) | {"use_dynamic_shifting": False}  # it moves, it adds none
+    scheduler = sampler_from_scheduler(sampler, config)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
 

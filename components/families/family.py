@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     Tensors = dict[str, Tensor]
     Normal = Callable[[Sequence[int]], Tensor]  # shape (B, ...) -> standard normal numbers
 
+MULTISTEP = ("euler", "dpmsolver++", "sde-dpmsolver++")  # samplers that are one class of diffusers on a flow's path
 BUCKET_STEP = 64  # pixels; what trainers of full-size bases agree on
 MIN_SIDE = 256  # pixels; bases trained below this have no room for buckets and take squares only
 
@@ -166,6 +167,11 @@ class Family(ABC):
     def generation_options(self, pipeline: Any, guidance_scale: float, batch_size: int) -> dict[str, Any]:
         """How the stock pipeline is asked for a batch of that guidance (1 is none), besides what every one is asked."""
         return {"guidance_scale": guidance_scale}
+
+    def unfit_samplers(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        """Samplers by name that suit a base with this scheduler config, but not the stock pipeline: most flow
+        pipelines hand the scheduler noise levels or a shift of their own, which not every class takes."""
+        return ()
 
     def target_modules(self, denoiser: "nn.Module", preset: str) -> list[str]:
         """Full names of the layers that take an adapter under `preset`, in the model's order."""

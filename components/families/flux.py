@@ -1,10 +1,10 @@
 """FLUX.1, dev and schnell: CLIP's pooled embedding and T5's states, latents packed two by two into tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.families.family import Family, Geometry, read_config
+from components.families.family import MULTISTEP, Family, Geometry, read_config
 from components.families.joint_attention import ATTENTION, BLOCKS, EVERYTHING, FEED_FORWARD
 from components.families.text import TextModel
 
@@ -92,6 +92,11 @@ class Flux(Family):
         """Guidance is told, not made of two passes; schnell knows none, and reads shorter texts."""
         tokens = T5_TOKENS[bool(pipeline.transformer.config.guidance_embeds)]
         return {"guidance_scale": guidance_scale, "max_sequence_length": tokens}
+
+
+    def unfit_samplers(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        """The stock pipeline hands over a shift by resolution, which some classes take only where it is asked for."""
+        return ("flow_heun",) if scheduler.get("use_dynamic_shifting") else (*MULTISTEP, "flow_heun")
 
 
 def _guided(base: Path) -> bool:

@@ -1,12 +1,12 @@
 """FLUX.2 klein: three layers of Qwen3's states, latents cut into squares and normalised by statistics of the VAE."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.families.autoencoders import GaussianEncoder
-from components.families.family import Geometry, read_config
+from components.families.family import MULTISTEP, Geometry, read_config
 from components.families.joint_attention import ATTENTION, BLOCKS, EVERYTHING
 from components.families.language_model import LanguageModelFamily
 
@@ -105,6 +105,9 @@ class Flux2Klein(LanguageModelFamily):
             return_dict=False,
         )[0]
         return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def unfit_samplers(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("flow_heun",) if scheduler.get("use_dynamic_shifting") else (*MULTISTEP, "flow_heun")
 
 
 def positions(*sizes: int) -> "Tensor":

@@ -1,12 +1,12 @@
 """Qwen-Image: one frame of a video autoencoder, Qwen2.5-VL's states of a text of any length, joint attention."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.families.autoencoders import GaussianLatents, OneFrameEncoder
-from components.families.family import Geometry, read_config
+from components.families.family import MULTISTEP, Geometry, read_config
 from components.families.flux import packed, unpacked
 from components.families.joint_attention import ATTENTION, BLOCKS, EVERYTHING
 from components.families.language_model import LanguageModelFamily, default_of, texts_of
@@ -80,3 +80,6 @@ class QwenImage(LanguageModelFamily):
         """Guidance needs a prompt to lead away from, one for every picture."""
         negative = {"negative_prompt": [""] * batch_size} if guidance_scale > 1 else {}
         return {"true_cfg_scale": guidance_scale} | negative
+
+    def unfit_samplers(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        return (*MULTISTEP, "flow_heun")

@@ -1,8 +1,8 @@
 """Stable Diffusion 1.x / 2.x and their like: AutoencoderKL, one CLIP text encoder, UNet2DConditionModel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.families.family import Family, Geometry, read_config
 from components.families.text import TextModel
@@ -54,6 +54,9 @@ class StableDiffusion(Family):
         resolution = unet["sample_size"] * downscale
         step = downscale * 2 ** (len(unet["block_out_channels"]) - 1)  # what the U-Net can halve and double again
         return Geometry.of(resolution, step, downscale, vae["latent_channels"])
+
+    def unfit_samplers(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        return "flow_euler", "flow_heun"  # without the `init_noise_sigma` that these pipelines ask for
 
     def modelspec(self, base: Path) -> str:
         if read_config(base, "unet").get("cross_attention_dim") != SD2_WIDTH:

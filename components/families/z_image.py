@@ -1,10 +1,10 @@
 """Z-Image: Qwen3's states of a text of any length, in one stream with FLUX.1's latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.families.family import Geometry, read_config
+from components.families.family import MULTISTEP, Geometry, read_config
 from components.families.language_model import LanguageModelFamily, texts_of
 
 if TYPE_CHECKING:
@@ -61,3 +61,6 @@ class ZImage(LanguageModelFamily):
     def generation_options(self, pipeline: Any, guidance_scale: float, batch_size: int) -> dict[str, Any]:
         """The stock pipeline counts guidance from 0, which is none, instead of from 1."""
         return {"guidance_scale": guidance_scale - 1}
+
+    def unfit_samplers(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        return (*MULTISTEP, "unipc", "flow_heun")
