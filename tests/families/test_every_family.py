@@ -22,7 +22,7 @@ from components.families.bases import BaseModel, resolve_base
 from components.families.family import Framing
 from components.latents.caching import cache_latents
 from components.latents.encoding import ShardReader, locate, pixels_of
-from components.latents.keys import caption_item, prompt_encoder_key, sample_item, training_buckets
+from components.latents.keys import caption_item, pixel_encoder_key, prompt_encoder_key, sample_item, training_buckets
 from components.latents.ragged import shortened, stacked
 from components.stages import Bench, Product
 from components.training.adapters import adapter_bytes, add_adapter
@@ -30,6 +30,7 @@ from components.training.finetune import fine_tune, objective_of
 from components.workspace import Workspace
 from flows.demo import RECIPE
 from tests.families.members import MEMBERS, Member
+from tests.families.page import CACHES, CAN, RESUMES, SAMPLERS, STOCK, TRAINS, table, ticked
 from tests.pictures import COLOURS, SHAPES, draw
 
 PROMPTS = ["disc, red sign", "a long description of a sign that no tiny tokenizer takes to its end " * 8, ""]
@@ -40,6 +41,7 @@ STEPS = 3
 class Trial:
     """One member on disk with a few pictures, and the stages on them."""
 
+    name: str
     member: Member
     folder: Path
 
@@ -137,7 +139,7 @@ class Trial:
 
 @pytest.fixture(scope="module", params=MEMBERS)
 def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trial:
-    return Trial(MEMBERS[request.param], tmp_path_factory.mktemp(request.param))
+    return Trial(request.param, MEMBERS[request.param], tmp_path_factory.mktemp(request.param))
 
 
 def test_prompt_embeddings_are_those_of_the_stock_pipeline(trial: Trial):
@@ -161,6 +163,11 @@ def test_cached_embeddings_are_those_of_the_encoder_in_the_familys_precision(tri
     for name, tensor in exact.items():
         assert cached[name].dtype == (getattr(torch, family.precision) if tensor.is_floating_point() else tensor.dtype)
         torch.testing.assert_close(cached[name].to(tensor), tensor, rtol=tolerance, atol=1e-6)
+    picture = [sample_item(trial.rows[0], training_buckets(base, trial.member.side)).key]
+    latents = ShardReader(trial.bench.store, locate(trial.bench.catalog, pixel_encoder_key(base), picture))(picture)
+    assert {tensor.dtype for tensor in latents.values()} == {torch.float16}
+    kept = " and ".join(f"`{name}`" for name in sorted(latents, reverse=True))
+    assert table(CAN)[trial.name][CACHES] == f"{kept}; text in {family.precision}"
 
 
 def test_the_stock_pipeline_decodes_our_latents_as_what_its_autoencoder_encoded(
@@ -328,6 +335,7 @@ def test_every_named_sampler_draws_with_the_stock_pipeline_or_is_refused_with_th
     assert len(drawing) >= 2
     for said in refused.values():
         assert "\n" not in said and set(drawing) <= set(said.partition("expected ")[2].split(", "))
+    assert table(SAMPLERS)[trial.name] == [ticked([name for name in drawing if name != "auto"])]
 
 
 def test_what_was_cached_and_trained_is_drawn_by_the_stock_pipeline_as_other_pictures(trial: Trial, tmp_path: Path):
@@ -346,6 +354,9 @@ def test_what_was_cached_and_trained_is_drawn_by_the_stock_pipeline_as_other_pic
     (image,) = draw_batch(ours, [request], Settings(1, 1.0, "auto", trial.member.side, 1, torch.get_num_threads()))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     torch.testing.assert_close(pixels, after[0].cpu(), atol=1 / 255, rtol=0)
+    recipes = [f"`{objective_of(trial.base, trial.training).prediction.name}`", ticked(list(trial.member.recipes))]
+    assert table(CAN)[trial.name][TRAINS] == "; ".join(filter(None, recipes))
+    assert table(CAN)[trial.name][STOCK] == f"`{type(pipeline).__name__}`"
 
 
 def test_a_training_that_was_stopped_ends_with_the_bytes_of_an_unbroken_one(trial: Trial):
@@ -355,3 +366,11 @@ def test_a_training_that_was_stopped_ends_with_the_bytes_of_an_unbroken_one(tria
     assert {name: ref.sha256 for name, ref in broken.items()} == {
         name: ref.sha256 for name, ref in trial.trained.outputs.items()
     }
+    assert table(CAN)[trial.name][RESUMES] == "to the byte"
+
+
+def test_the_page_has_a_row_for_every_family_and_no_empty_cell():
+    for section, cells in ((CAN, 6), (SAMPLERS, 1)):
+        rows = table(section)
+        assert list(rows) == list(MEMBERS)
+        assert all(len(row) == cells and all(row) for row in rows.values())

@@ -16,6 +16,7 @@ from components.layouts.skeleton import skeleton_of
 from components.training.adapters import add_adapter
 from components.training.export import tensors_in
 from tests.families.members import MEMBERS
+from tests.families.page import CAN, COMFYUI, KOHYA, table
 from tests.layouts.models import as_metadata, layers_with_random_factors, merged_weights, stored
 
 
@@ -25,7 +26,7 @@ def test_every_family_that_trains_has_its_layouts():
         assert ARCHITECTURES[pipeline].denoiser == family.denoiser_part
 
 
-@pytest.mark.parametrize("name", sorted(set(MEMBERS) - {"sd1", "flux1-schnell"}))  # as sd2 and flux1-dev
+@pytest.mark.parametrize("name", MEMBERS)
 def test_what_a_recipe_trains_goes_into_every_layout_and_comes_back(name: str, tmp_path: Path):
     """The widest preset, through the family's own loading; and a layer of every text encoder beside it."""
     base = resolve_base(BaseModelConfig(model=str(MEMBERS[name].build(tmp_path / "base"))))
@@ -44,10 +45,12 @@ def test_what_a_recipe_trains_goes_into_every_layout_and_comes_back(name: str, t
     ]
     assert {layer.part for layer in texts} == {part for part in found.encoders if (base.path / part).is_dir()}
     own = layers_of(tensors, as_metadata(settings), bones, "stored")
+    cells = {"kohya": table(CAN)[name][KOHYA], "comfyui": table(CAN)[name][COMFYUI]}
     for layout in LAYOUTS:
         if layout in found.missing:
             with pytest.raises(BadInput, match="does not exist"):
                 tensors_in(layout, own, bones)
+            assert cells[layout] == f"none: {found.missing[layout]}"
             continue
         made = tensors_in(layout, [*own, *texts], bones)
         back = layers_of(made, as_metadata(settings) if layout == "diffusers" else {}, bones, "file")
@@ -59,3 +62,4 @@ def test_what_a_recipe_trains_goes_into_every_layout_and_comes_back(name: str, t
         assert sorted(layer.name for layer in back if layer.part != family.denoiser_part) == sorted(
             layer.name for layer in texts
         )
+        assert layout == "diffusers" or cells[layout] == f"yes: {found.readers[layout]}"
