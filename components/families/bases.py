@@ -12,7 +12,7 @@ from components.config import BaseModelConfig
 from components.errors import BaseModelError
 from components.families import EXCLUDED, FAMILIES
 from components.families.family import Family, has_part
-from components.families.hub import digest_of, fetch_pipeline, read_json
+from components.families.hub import commit_of, digest_of, fetch_pipeline, read_json
 from components.stages import canonical_json
 
 EMBEDDED = Path(__file__).parents[1] / "base" / "embedded"
@@ -29,7 +29,7 @@ class BaseModel:
     """A base on disk: its family, its folder and a digest for each of its parts."""
 
     name: str  # as the recipe names it
-    revision: str | None
+    revision: str | None  # the commit of a hub model
     family: str  # key of FAMILIES
     path: Path
     digests: dict[str, str]  # part -> sha256 over its files' names and bytes
@@ -56,7 +56,7 @@ def resolve_base(config: BaseModelConfig) -> BaseModel:
     path, name = find_base(config)
     parts = _parts(FAMILIES[name], _read_index(path))
     digests = {part: _digest_of_folder(path / part) for part in parts}
-    return BaseModel(config.model, config.revision, name, path, digests)
+    return BaseModel(config.model, commit_of(path) or config.revision, name, path, digests)
 
 
 def find_base(config: BaseModelConfig) -> tuple[Path, str]:

@@ -12,6 +12,7 @@ HUB = "https://huggingface.co"
 CONFIGURATION = ("*.json", "*.txt", "*.model")  # of models and schedulers, and what tokenizers read
 VARIANTS = ("*.fp16[.-]*", "*.bf16[.-]*", "*.fp32[.-]*", "*.non_ema[.-]*", "*.ema[.-]*")  # second copies of weights
 BLOB = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def fetch_pipeline(model: str, revision: str | None) -> Path:
@@ -34,7 +35,8 @@ def fetch_pipeline(model: str, revision: str | None) -> Path:
         folders = [name for name, entry in read_json(index).items() if isinstance(entry, list) and entry[0]]
         wanted = [f"{folder}/{pattern}" for folder in folders for pattern in (*CONFIGURATION, "*.safetensors")]
         patterns = ["model_index.json", *wanted]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=[*VARIANTS]))
+        commit = commit_of(index.parent) or revision  # what the index came from, though the branch may have moved since
+        return Path(snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns=[*VARIANTS]))
     except GatedRepoError:
         raise BaseModelError(
             f"base model {model!r}: its licence is not accepted by this account; accept it at {HUB}/{model} "
@@ -56,6 +58,11 @@ def fetch_pipeline(model: str, revision: str | None) -> Path:
             f"base model {model!r}: not in the local cache and the hub gave "
             f"{type(error).__name__}; download it once while online, or give a folder"
         ) from None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds, `models--owner--name/snapshots/<commit>`; None elsewhere."""
+    return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else None
 
 
 def digest_of(file: Path) -> str:

@@ -38,7 +38,7 @@ def encode_missing(
     """Encode the items that no shard holds yet, a shard at a time; returns how many were encoded.
 
     A shard is an object plus one row per item, written in one transaction: a kill costs at most the shard at work.
-    Raises TrainingDiverged, naming the picture, when an encoder gives a value that is not finite.
+    Raises TrainingDiverged, naming the picture's file or the caption, when what would be kept is not finite.
     """
     unique = list({item.key: item for item in items}.values())
     places = locate(bench.catalog, encoder, [item.key for item in unique])
@@ -81,11 +81,13 @@ def _require_finite(batch: list[Item], tensors: Tensors) -> None:
         finite = torch.isfinite(tensor).flatten(1).all(1)
         if not finite.all():
             bad = [
-                item.bytes_sha256 or item.caption for item, good in zip(batch, finite.tolist(), strict=True) if not good
+                item.file_name or item.bytes_sha256 or f"the caption {item.caption[:80]!r}"
+                for item, good in zip(batch, finite.tolist(), strict=True)
+                if not good
             ]
             raise TrainingDiverged(
-                f"the encoder's {name} is not finite for {', '.join(bad[:3])}; "
-                "encode in float32, or leave these samples out"
+                f"{', '.join(bad[:3])}: the base's encoder gives a {name} that is not finite as {tensor.dtype}; "
+                "leave these out of the data, or repair the base"
             )
 
 

@@ -28,17 +28,18 @@ class Item:
     bytes_sha256: str = ""  # of the picture in the store
     bucket: Bucket | None = None
     caption: str = ""
+    file_name: str = ""  # of the picture, for messages
 
 
-def image_item(sha256: str, rgb_digest: str, bucket: Bucket) -> Item:
-    return Item(f"{rgb_digest}@{bucket.width}x{bucket.height}", sha256, bucket)
+def image_item(sha256: str, rgb_digest: str, bucket: Bucket, file_name: str) -> Item:
+    return Item(f"{rgb_digest}@{bucket.width}x{bucket.height}", sha256, bucket, file_name=file_name)
 
 
 def mask_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item | None:
     """A sample's mask in the sample's bucket; None when it has none."""
     if row.mask is None:
         return None
-    return image_item(row.mask, row.mask, assign(row.width, row.height, sizes))
+    return image_item(row.mask, row.mask, assign(row.width, row.height, sizes), row.file_name)
 
 
 def caption_item(caption: str) -> Item:
@@ -106,7 +107,7 @@ def cache_key(snapshot_digest: str, base: BaseModel, resolution: int, wording: W
 
 
 def sample_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item:
-    return image_item(row.sha256, row.rgb_digest, assign(row.width, row.height, sizes))
+    return image_item(row.sha256, row.rgb_digest, assign(row.width, row.height, sizes), row.file_name)
 
 
 def framing_of(row: SampleRow, sizes: tuple[Bucket, ...]) -> Framing:

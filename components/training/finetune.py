@@ -20,7 +20,7 @@ from components.diffusion.noise import INPUT_NOISES, NOISES, chosen, white
 from components.diffusion.objectives import Objective, objective_from_scheduler
 from components.diffusion.timesteps import DENSITIES, shift_of
 from components.diffusion.weighting import weighting_of
-from components.errors import BadInput, Stopped
+from components.errors import BadInput, BaseModelError, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
 from components.families.bases import BaseModel
@@ -65,15 +65,18 @@ PRECISIONS: dict[str, Callable[[str], torch.dtype]] = {  # training.mixed_precis
 def objective_of(base: BaseModel, training: TrainingConfig) -> Objective:
     """The objective that the base was trained with. Raises BaseModelError when the recipe asks for another."""
     scheduler = base.architecture.scheduler_config(base.path)
-    return objective_from_scheduler(
-        scheduler,
-        prediction_type=training.prediction_type,
-        to_time=DENSITIES[training.timestep_sampling](training),
-        shift=shift_of(training, scheduler, base.architecture.geometry(base.path).patch),
-        weighting=weighting_of(training),
-        noise=chosen(NOISES, training),
-        input_noise=chosen(INPUT_NOISES, training),
-    )
+    try:
+        return objective_from_scheduler(
+            scheduler,
+            prediction_type=training.prediction_type,
+            to_time=DENSITIES[training.timestep_sampling](training),
+            shift=shift_of(training, scheduler, base.architecture.geometry(base.path).patch),
+            weighting=weighting_of(training),
+            noise=chosen(NOISES, training),
+            input_noise=chosen(INPUT_NOISES, training),
+        )
+    except BaseModelError as refusal:
+        raise BaseModelError(f"{base.path / 'scheduler' / 'scheduler_config.json'}: {refusal}") from None
 
 
 def fine_tune(

@@ -11,8 +11,8 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
-from components.config import BaseModelConfig
-from components.errors import BaseModelError
+from components.config import BaseModelConfig, parse_recipe
+from components.errors import BaseModelError, RecipeError
 from components.families.bases import find_base, resolve_base
 from tests.tiny import tiny_stable_diffusion
 
@@ -27,6 +27,7 @@ class Hub:
     folder: Path
     closed: tuple[int, str] | None = None
     asked: list[str] = field(default_factory=list)
+    tokens: list[str | None] = field(default_factory=list)
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         self.asked.append(path)
@@ -52,6 +53,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            hub.tokens.append(self.headers["Authorization"])
             status, headers, body = hub.answer(self.path.partition("?")[0])
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(body))}).items():
@@ -66,7 +68,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # seconds between looks for an end
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
@@ -90,6 +92,29 @@ def test_a_hub_pipeline_is_fetched_without_pickles_code_and_second_copies(hub: H
     assert fetched.digests == local.digests
     assert not [path for path in hub.asked if path.endswith(unwanted)]
     assert all(f"/{COMMIT}" in path for path in hub.asked)
+
+
+def test_without_a_revision_everything_comes_from_the_commit_that_the_index_came_from_and_it_is_named(hub: Hub):
+    """A branch that moves between two requests would mix two models."""
+    tiny_stable_diffusion(hub.folder)
+    base = resolve_base(BaseModelConfig(model=MODEL))
+    assert base.revision == COMMIT
+    (index, *others) = [path for path in hub.asked if path.startswith(f"/{MODEL}/resolve/")]
+    assert index.endswith("/main/model_index.json") and others
+    assert all(path.startswith((f"/{MODEL}/resolve/{COMMIT}/", index)) for path in others)
+
+
+def test_a_token_comes_from_the_environment_and_from_no_recipe(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    tiny_stable_diffusion(hub.folder)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(hub.folder / "no-login"))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
+    resolve_base(BaseModelConfig(model=MODEL, revision=COMMIT))
+    assert set(hub.tokens) == {"Bearer hf_of_the_environment"}
+    cached = [file for file in hub.folder.parent.rglob("*") if file.is_file()]
+    assert cached and not any(b"hf_of_the_environment" in file.read_bytes() for file in cached)
+    body = {"name": "x", "data": {"sources": [{"path": "."}]}, "base": {"token": "hf_of_the_recipe"}}
+    with pytest.raises(RecipeError, match=r"unknown key 'base\.token'"):
+        parse_recipe(body, origin="recipe.toml")
 
 
 def test_what_was_fetched_once_at_a_pinned_revision_needs_no_hub(hub: Hub):

@@ -8,7 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from sqlalchemy import select
 
+from components.catalog.models import EncodedItem
+from components.errors import TrainingDiverged
 from components.latents.encoding import ShardReader, encode_missing, locate, pixels_of
 from components.latents.keys import (
     Item,
@@ -103,6 +107,28 @@ def test_a_damaged_shard_is_noticed_and_its_items_are_encoded_again(chain: Chain
 
 def sizes(chain: Chain):
     return training_buckets(chain.base(), 32)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("vae", float("nan"), r"-\w+\.png: the base's encoder gives a mean that is not finite as torch\.float16; "),
+        ("vae", 7e4, r"\.png: the base's encoder gives a mean that is not finite as torch\.float16"),  # its end: 65504
+        ("text_encoder", float("inf"), r"^the caption '.*: .* gives a prompt_embeds that is not finite as torch\.float"),
+    ],
+    ids=["NaN in a latent", "a latent beyond fp16", "infinity in an embedding"],
+)
+def test_what_is_not_finite_is_not_cached_and_its_file_is_named(chain: Chain, part: str, value: float, said: str):
+    (file,) = (chain.base_path / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["quant_conv.bias" if part == "vae" else "final_layer_norm.bias"].fill_(value)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(TrainingDiverged, match=said) as refusal:
+        chain.cache(chain.recipe())
+    assert "\n" not in str(refusal.value)
+    with chain.bench.catalog.read() as session:
+        key = {"vae": pixel_encoder_key, "text_encoder": prompt_encoder_key}[part](chain.base())
+        assert session.scalars(select(EncodedItem).where(EncodedItem.encoder == key)).all() == []
 
 
 def test_cached_latents_and_embeddings_are_what_the_stock_pipeline_makes(chain: Chain):

@@ -228,8 +228,10 @@ def test_the_stock_pipeline_loads_the_adapter_and_draws_other_pictures_than_the_
 
 
 def test_an_objective_that_contradicts_the_base_is_refused(chain: Chain):
-    with pytest.raises(BaseModelError):
+    said = r"scheduler_config\.json: the recipe says prediction_type = 'v_prediction', but .* says 'epsilon'; set"
+    with pytest.raises(BaseModelError, match=said) as refusal:
         chain.fine_tune(chain.recipe(*FAST, "training.prediction_type=v_prediction"), work="contradiction")
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(chain: Chain):
