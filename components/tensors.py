@@ -26,3 +26,8 @@ def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 def default_device() -> str:
     """Where torch work runs: the first CUDA device, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    """What `device` is, for people: the GPU's own name, or the CPU with the threads that torch uses."""
+    return torch.cuda.get_device_name(device) if device != "cpu" else f"CPU, {torch.get_num_threads()} threads"

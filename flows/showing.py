@@ -14,7 +14,7 @@ from flows.journal import read_entries
 
 HEADER_LIMIT = 100_000_000  # bytes; what the safetensors library accepts
 LOG_FILES = ("run.log", "torch.log")
-LONG = 100  # characters of a metadata value that a person is shown
+LONG = 100  # characters; a longer metadata value gets lines of its own
 QUIET_KINDS = frozenset({"params", "tags", "metrics", "image", "artifact", "dataset"})
 
 
@@ -77,7 +77,11 @@ def show_file(reporter: Reporter, path: Path) -> None:
 
     def show() -> None:
         reporter.say(f"{path}  {size(path.stat().st_size)}, {len(tensors)} tensors, {parameters} parameters")
-        reporter.table(("metadata", "value"), [(key, _shortened(value)) for key, value in sorted(metadata.items())])
+        entries = sorted(metadata.items())
+        reporter.table(("metadata", "value"), [entry for entry in entries if len(entry[1]) <= LONG])
+        for key, value in entries:
+            if len(value) > LONG:
+                reporter.say(f"{key}\n  {value}")
 
     reporter.finish(
         {
@@ -249,7 +253,3 @@ def _product(shape: list[int]) -> int:
     for side in shape:
         result *= side
     return result
-
-
-def _shortened(value: str) -> str:
-    return value if len(value) <= LONG else f"{value[:LONG]}… ({len(value)} characters, all with --json)"

@@ -17,16 +17,23 @@ from components.catalog.models import (
     Run,
     Snapshot,
     SnapshotItem,
+    StageResultRow,
     StageRun,
 )
-from components.config import BaseModelConfig
+from components.config import BaseModelConfig, TrainingConfig
+from components.curation.snapshots import read_manifest
 from components.errors import BadInput, BaseModelError
-from components.families.bases import HUB_ID, resolve_base
+from components.families import FAMILIES
+from components.families.bases import HUB_ID, find_base, resolve_base
+from components.latents.buckets import buckets
 from components.layouts.names import ARCHITECTURES
 from components.stages import Bench
 from components.storage import atomic_write
+from components.training.trained_data import data_metadata
 
 IMAGES = 8
+LICENCE_FILE = "LICENSE.md"  # the hub links to a file of this name, or to an address
+MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 METRICS = {  # name in the evaluation -> words for people
     "kid": "KID to held-out pictures",
     "prompt_match": "prompts matched",
@@ -68,10 +75,25 @@ class Origin:
     metrics: dict[str, Any]
     verdict: dict[str, Any]
     version: int | None
+    base_revision: str | None  # the commit of a hub base
+    prediction: str | None  # what the base predicts in ModelSpec's words, which has none for velocities
+    zero_terminal_snr: bool | None
+    started_at: float  # Unix time, of the run
+    finished_at: float  # and of the checkpoint
+    data: dict[str, Any]  # header keys, see trained_data
+    curation: dict[str, Any]
+    rejects: dict[str, int]  # by check
+    seconds: float | None  # that the training took, since it was last resumed
+    hardware: str | None
 
     @property
     def title(self) -> str:
         return self.name if self.version is None else f"{self.name} v{self.version}"
+
+    @property
+    def description(self) -> str:
+        data = f" on {self.train_images} pictures of {self.snapshot}" if self.snapshot else ""
+        return f"A LoRA for {self.base}, trained with Safelight for {self.step} steps{data}."
 
     @property
     def licence_line(self) -> str | None:
@@ -98,7 +120,7 @@ def origin_of(bench: Bench, adapter_sha256: str, run_uid: str | None = None) -> 
         return Origin(
             adapter_sha256=adapter_sha256, name=run.name, step=adapter.step, base=_base_name(base),
             hub_base=bool(HUB_ID.match(base.get("model", ""))), **_base_facts(base),
-            training=run.recipe.get("training", {}), evaluation=run.recipe.get("evaluation", {}),
+            training=_without_folders(run.recipe.get("training", {})), evaluation=run.recipe.get("evaluation", {}),
             run_uid=run.run_uid, mlflow_run_id=run.mlflow_run_id, git_commit=run.git_commit,
             created_at=adapter.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
             snapshot=f"{snapshot.dataset}@v{snapshot.version}" if snapshot else None,
@@ -107,7 +129,39 @@ def origin_of(bench: Bench, adapter_sha256: str, run_uid: str | None = None) -> 
             licences=_counts(session, snapshot, SnapshotItem.licence),
             sources=_counts(session, snapshot, SnapshotItem.source),
             metrics=evaluation.metrics if evaluation else {}, verdict=evaluation.verdict if evaluation else {},
-            version=version)
+            version=version, started_at=run.created_at.timestamp(), finished_at=adapter.created_at.timestamp(),
+            data=_data(bench, run, snapshot, adapter.step), curation=run.recipe.get("curation", {}),
+            rejects=snapshot.profile.get("rejects", {}) if snapshot else {}, **_training_facts(bench, adapter))
+
+
+def _without_folders(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the name alone of the one that is a path."""
+    start = training.get("init_adapter")
+    return {**training, "init_adapter": PurePath(start).name if start else None}
+
+
+def _data(bench: Bench, run: Run, snapshot: Snapshot | None, steps: int) -> dict[str, Any]:
+    """Empty where the snapshot's manifest or the base is gone."""
+    if snapshot is None or not bench.store.path(snapshot.digest).exists():
+        return {}
+    training = TrainingConfig.model_validate(run.recipe.get("training", {}))
+    try:
+        path, pipeline = find_base(BaseModelConfig.model_validate(run.recipe.get("base", {})))
+    except BaseModelError:
+        return {}
+    geometry = FAMILIES[pipeline].geometry(path)
+    side = geometry.resolution if training.resolution == "auto" else training.resolution
+    rows = read_manifest(bench.store, snapshot.digest)
+    return data_metadata(rows, snapshot.dataset, training, buckets(side, geometry), side, steps)
+
+
+def _training_facts(bench: Bench, adapter: Adapter) -> dict[str, Any]:
+    with bench.catalog.read() as session:
+        result = session.get(StageResultRow, adapter.stage_key)
+    if result is None or not bench.store.path(result.manifest_sha256).exists():
+        return {"seconds": None, "hardware": None}
+    facts = json.loads(bench.store.read(result.manifest_sha256))["facts"]
+    return {"seconds": result.seconds, "hardware": facts.get("device")}
 
 
 def _run_of(session: Session, adapter: Adapter | None, run_uid: str | None) -> Run | None:
@@ -130,14 +184,19 @@ def _base_facts(base: Mapping[str, Any]) -> dict[str, Any]:
         found = resolve_base(BaseModelConfig.model_validate(base))
     except BaseModelError:
         return {"base_sha256": None, "pipeline": "StableDiffusionPipeline", "architecture": "stable-diffusion-v1",
-                "base_version": "sd_v1", "resolution": None}
+                "base_version": "sd_v1", "resolution": None, "base_revision": base.get("revision"), "prediction": None,
+                "zero_terminal_snr": None}
     name, version = found.architecture.modelspec(found.path), ARCHITECTURES[found.family].base_version
     if name.startswith("stable-diffusion-v2"):
         version = "sd_v2_v" if name.endswith("-v") else "sd_v2"
     if found.name == "embedded":
         name, version = "safelight-embedded", None
+    scheduler = found.architecture.scheduler_config(found.path)
+    betas = "beta_schedule" in scheduler and not scheduler.get("use_flow_sigmas")
     return {"base_sha256": found.digest, "pipeline": found.family, "architecture": name, "base_version": version,
-            "resolution": found.architecture.geometry(found.path).resolution}
+            "resolution": found.architecture.geometry(found.path).resolution, "base_revision": found.revision,
+            "prediction": MODELSPEC_PREDICTIONS.get(scheduler.get("prediction_type", "epsilon")) if betas else None,
+            "zero_terminal_snr": bool(scheduler.get("rescale_betas_zero_snr")) if betas else None}
 
 
 def _count(session: Session, snapshot: Snapshot | None) -> int | None:
@@ -175,15 +234,20 @@ def card_images(bench: Bench, adapter_sha256: str, folder: Path) -> list[tuple[s
 
 
 def write_card(path: Path, origin: Origin, images: Sequence[tuple[str, str]], files: Mapping[str, str]) -> None:
-    """Write the card; `files` maps a layout to its file name. What is not known is left out, never a placeholder."""
+    """Write the card and, beside it, the licence that it links to; `files` maps a layout to its file name.
+
+    What is not known is left out, never a placeholder.
+    """
     parts = [_front_matter(origin, images), f"# {_text(origin.title)}", _introduction(origin), _usage(origin, files),
-             _evaluation(origin), _data(origin), _training(origin), _limits(origin)]
+             _evaluation(origin), _data_section(origin), _training(origin), _limits(origin)]
     with atomic_write(path) as file:
         file.write(("\n\n".join(part for part in parts if part) + "\n").encode())
+    with atomic_write(path.with_name(LICENCE_FILE)) as file:
+        file.write(f"# {_text(origin.title)}\n\n{_licence(origin)}\n".encode())
 
 
 def _front_matter(origin: Origin, images: Sequence[tuple[str, str]]) -> str:
-    lines = ["---", "license: other", "license_name: as-training-data-and-base", "license_link: README.md"]
+    lines = ["---", "license: other", "license_name: as-training-data-and-base", f"license_link: {LICENCE_FILE}"]
     if origin.hub_base:
         lines += [f"base_model: {origin.base}", "base_model_relation: adapter"]
     template = "sd-lora" if ARCHITECTURES[origin.pipeline].denoiser == "unet" else "diffusion-lora"
@@ -197,8 +261,7 @@ def _front_matter(origin: Origin, images: Sequence[tuple[str, str]]) -> str:
 
 
 def _introduction(origin: Origin) -> str:
-    data = f" on {origin.train_images} pictures of `{origin.snapshot}`" if origin.snapshot else ""
-    return f"<Gallery />\n\nA LoRA for `{origin.base}`, trained with Safelight for {origin.step} steps{data}."
+    return f"<Gallery />\n\n{_text(origin.description)}"
 
 
 def _usage(origin: Origin, files: Mapping[str, str]) -> str:
@@ -239,7 +302,7 @@ def _evaluation(origin: Origin) -> str:
     return "\n".join(lines)
 
 
-def _data(origin: Origin) -> str:
+def _data_section(origin: Origin) -> str:
     if origin.snapshot is None:
         return ""
     lines = ["## Data", "", f"Snapshot `{origin.snapshot}`, manifest sha256 `{origin.snapshot_digest}`: "
@@ -248,22 +311,36 @@ def _data(origin: Origin) -> str:
         if title == "licence" or set(counts) != {"not stated"}:
             lines += ["", f"| {title} | pictures |", "|---|---|",
                       *(f"| {_text(name)} | {count} |" for name, count in counts.items())]
+    if origin.rejects:
+        lines += ["", "Rejected by check: " + ", ".join(f"{check} {n}" for check, n in origin.rejects.items()) + "."]
+    if curation := origin.curation:
+        lines += ["", f"Held out: a share of {curation.get('test_fraction')} of the components that duplicates and "
+                      "groups join, where the data names no split; none is on both sides.",
+                  "", "| curation | value |", "|---|---|",
+                  *(f"| `{name}` | {value} |" for name, value in curation.items())]
     return "\n".join(lines)
 
 
 def _training(origin: Origin) -> str:
-    facts = {"adapter sha256": origin.adapter_sha256, "base weights sha256": origin.base_sha256, "run": origin.run_uid,
-             "MLflow run": origin.mlflow_run_id, "code": origin.git_commit}
+    facts = {"adapter sha256": origin.adapter_sha256, "base weights sha256": origin.base_sha256,
+             "base revision": origin.base_revision, "run": origin.run_uid,
+             "MLflow run": origin.mlflow_run_id, "code": origin.git_commit, "trained on": origin.hardware,
+             "seconds": origin.seconds and round(origin.seconds, 1)}
     lines = ["## Training", "", "| setting | value |", "|---|---|"]
     lines += [f"| `{name}` | {value} |" for name, value in origin.training.items() if value is not None]
     return "\n".join([*lines, "", *[f"- {name}: `{value}`" for name, value in facts.items() if value]])
 
 
 def _limits(origin: Origin) -> str:
-    return ("## Licence and limits\n\nThe adapter is derived from the pictures above and from the weights of "
-            f"`{origin.base}`: the licences of both apply. Repeating the run on the same machine, PyTorch build and "
+    return (f"## Licence and limits\n\n{_licence(origin)}\n\nRepeating the run on the same machine, PyTorch build and "
             "thread count gives the same bytes on a CPU; on a GPU it gives the same data order and noise, and losses "
             "within tolerance.")
+
+
+def _licence(origin: Origin) -> str:
+    pictures = f" ({_text(origin.licence_line)})" if origin.licence_line else ""
+    return (f"The adapter is derived from the pictures it was trained on{pictures} and from the weights of "
+            f"`{origin.base}`: the licences of both apply.")
 
 
 def _number(value: float | None) -> str:

@@ -116,7 +116,8 @@ def file_metadata(
     digest = _data_digest(tensors)
     dims = [layer.rank or 1 for layer in layers]
     alphas = [layer.scale * rank for layer, rank in zip(layers, dims, strict=True)]
-    kind = layers[0].kind
+    kind, asked = layers[0].kind, training.get("resolution", "auto")
+    side = origin.resolution if asked == "auto" else asked
     values: dict[str, Any] = {
         "ss_output_name": origin.name,
         "ss_v2": origin.architecture.startswith("stable-diffusion-v2"),
@@ -128,6 +129,8 @@ def file_metadata(
         "ss_network_args": _network_args(layers, max(dims), max(alphas)),
         "ss_sd_model_name": origin.base,
         "ss_num_train_images": origin.train_images,
+        "ss_training_started_at": origin.started_at,
+        "ss_training_finished_at": origin.finished_at,
         "ss_learning_rate": training.get("learning_rate"),
         "ss_unet_lr": training.get("learning_rate"),
         "ss_optimizer": training.get("optimizer"),
@@ -139,8 +142,17 @@ def file_metadata(
         "ss_gradient_accumulation_steps": training.get("gradient_accumulation_steps"),
         "ss_max_grad_norm": training.get("max_grad_norm"),
         "ss_mixed_precision": training.get("mixed_precision"),
-        "ss_resolution": f"({origin.resolution}, {origin.resolution})" if origin.resolution else None,
+        "ss_resolution": f"({side}, {side})" if side else None,
+        "ss_gradient_checkpointing": training.get("gradient_checkpointing"),
         "ss_caption_dropout_rate": training.get("caption_dropout_rate"),
+        "ss_caption_tag_dropout_rate": training.get("caption_tag_dropout_rate"),
+        "ss_shuffle_caption": training.get("shuffle_caption"),
+        "ss_keep_tokens": training.get("keep_tokens"),
+        "ss_prior_loss_weight": training.get("prior_loss_weight"),
+        "ss_scale_weight_norms": training.get("scale_weight_norms"),
+        "ss_loss_type": "l2",
+        "ss_debiased_estimation": training.get("loss_weighting") == "debiased",
+        "ss_zero_terminal_snr": origin.zero_terminal_snr,
         "ss_min_snr_gamma": training.get("snr_gamma"),
         "ss_noise_offset": training.get("noise_offset"),
         "ss_multires_noise_iterations": training.get("multires_noise_iterations"),
@@ -148,12 +160,16 @@ def file_metadata(
         "ss_ip_noise_gamma": training.get("ip_noise_gamma"),
         "ss_seed": training.get("seed"),
         "ss_session_id": origin.run_uid,
+        **origin.data,
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{origin.architecture}/lora",
         "modelspec.implementation": IMPLEMENTATIONS[layout],
         "modelspec.title": origin.title,
-        "modelspec.resolution": f"{origin.resolution}x{origin.resolution}" if origin.resolution else None,
+        "modelspec.description": origin.description,
+        "modelspec.resolution": f"{side}x{side}" if side else None,
+        "modelspec.prediction_type": origin.prediction,
+        "modelspec.usage_hint": "Use it at weight 1.",
         "modelspec.date": origin.created_at,
         "modelspec.hash_sha256": f"0x{digest}",
         "modelspec.license": origin.licence_line,
@@ -163,6 +179,7 @@ def file_metadata(
         "safelight.mlflow_run_id": origin.mlflow_run_id,
         "safelight.git_commit": origin.git_commit,
         "safelight.base_model": origin.base,
+        "safelight.base_model_revision": origin.base_revision,
         "safelight.base_model_sha256": origin.base_sha256,
     }
     return {key: str(value) for key, value in values.items() if value is not None}

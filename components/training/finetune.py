@@ -30,7 +30,7 @@ from components.latents.ragged import replaced
 from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
-from components.tensors import default_device, to_safetensors
+from components.tensors import default_device, device_name, to_safetensors
 from components.training.adapters import adapter_bytes, add_adapter, limit_norms
 from components.training.checkpoints import (
     newest_checkpoint,
@@ -385,6 +385,7 @@ class _FineTuning:
             "trained_parameters": sum(parameter.numel() for _, parameter in self.parameters),
             "validation": [line for line in self.log if "validation_ratio" in line],
             "preview_prompts": [text for text, _ in self.preview_prompts],
+            "device": device_name(self.device),
         }
         if self.losses:
             rows = [[row.sha256, row.group or row.text] for row in self.held_out.rows]

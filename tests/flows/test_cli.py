@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from components.catalog import runs
 from components.catalog.models import ModelVersion, Run
@@ -24,6 +25,7 @@ from flows.console import number, seconds, size
 from tests.conftest import Served
 from tests.flows.conftest import Shell, safelight
 from tests.pictures import write_pictures
+from tests.tiny import tiny_stable_diffusion
 
 COMMANDS = [
     *("demo", "init", "up", "down", "status", "doctor", "plan", "curate", "cache", "retrain", "evaluate", "promote"),
@@ -181,10 +183,13 @@ def test_a_folder_of_pictures_becomes_its_own_source(shell: Shell, tmp_path: Pat
 
 
 def test_show_prints_all_metadata_of_an_adapter_file(shell: Shell, tmp_path: Path):
-    path = safetensors_file(tmp_path / "a.safetensors", {"safelight.git_commit": "abc", "format": "pt"})
+    tags = json.dumps({"2_sks": {f"tag {i}": i for i in range(200)}})
+    metadata = {"safelight.git_commit": "abc", "format": "pt", "ss_tag_frequency": tags}
+    path = safetensors_file(tmp_path / "a.safetensors", metadata)
     shown = shell.document("show", str(path))
-    assert shown["metadata"] == {"safelight.git_commit": "abc", "format": "pt"} and shown["parameters"] == 6
-    assert shell("show", str(path)) == 0 and "safelight.git_commit" in shell.out
+    assert shown["metadata"] == metadata and shown["parameters"] == 6
+    assert shell("show", str(path)) == 0
+    assert all(key in shell.out and value in shell.out for key, value in metadata.items())
     path.write_bytes(b"PK\x03\x04 a pickle in a zip")
     assert shell("show", str(path)) == 1 and "no safetensors file" in shell.err
 
@@ -206,6 +211,33 @@ def test_a_file_of_another_program_is_exported_in_the_layout_that_is_asked_for(s
         "format": "pt", "ss_network_alpha": "1.0", "ss_network_dim": "2", "ss_output_name": "style"
     }  # fmt: skip
     assert shell(*arguments, "--rank", "1") == 0 and "lost by the lower rank" not in shell.out  # rank 1 already
+
+
+def test_an_adapter_is_merged_into_its_base_and_extracted_and_resized_by_the_command(shell: Shell, tmp_path: Path):
+    base, path = tiny_stable_diffusion(tmp_path / "base"), tmp_path / "style.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(3, 16, generator=generator), torch.randn(16, 3, generator=generator)
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.5)}
+    path.write_bytes(to_safetensors({f"{layer}.{name}": tensor for name, tensor in factors.items()}))
+
+    def export(what: str, *options: str) -> tuple[dict[str, str], float]:
+        out = str(tmp_path / options[-1])
+        document = shell.document("export", what, "--base", str(base), "--out", out, *options[:-1])
+        return document["files"], document["frobenius_error"]
+
+    def update(file: str) -> torch.Tensor:
+        down, up, alpha = (load_file(file)[f"{layer}.{name}"] for name in factors)
+        return alpha / len(down) * up @ down
+
+    expected = 0.5 * up @ down
+    merged, _ = export(str(path), "--merge", "merged")
+    extracted, error = export(merged["pipeline"], "--rank", "3", "--layout", "kohya", "extracted")
+    assert error < 1e-5 and torch.allclose(update(extracted["kohya"]), expected, atol=1e-5)
+    resized, error = export(str(path), "--rank", "2", "--layout", "kohya", "resized")
+    values = torch.linalg.svdvals(expected)
+    assert error == pytest.approx((values[2] / values.norm()).item(), rel=1e-4)
+    assert (update(resized["kohya"]) - expected).norm().item() == pytest.approx(values[2].item(), rel=1e-4)
 
 
 def test_a_run_is_found_by_the_start_of_its_uid(shell: Shell, bench: Bench):

@@ -1,27 +1,66 @@
 """What a run exports: files that stock programs draw the same with, headers and a card without a local path."""
 
+import hashlib
+import io
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoHaConfig, LoraConfig
+from PIL import Image
+from sqlalchemy import select
 from torch import Tensor
 
-from components.catalog.models import Adapter, Evaluation, Generation, Run, Snapshot, SnapshotItem, StageRun
+from components.catalog.models import (
+    Adapter,
+    Evaluation,
+    Generation,
+    Run,
+    Snapshot,
+    SnapshotItem,
+    StageResultRow,
+    StageRun,
+)
 from components.config import parse_recipe
+from components.curation.snapshots import MANIFEST_SCHEMA, SampleRow
 from components.errors import BadInput, DamagedArtifact
 from components.families.stable_diffusion import StableDiffusion
 from components.layouts.files import read_adapter
+from components.layouts.names import Layout
 from components.layouts.reading import stored_layers
-from components.stages import Bench
+from components.stages import Bench, canonical_json
 from components.training.adapters import adapter_bytes
 from components.training.export import export_adapter
+from tests.pictures import draw
 from tests.tiny import tiny_stable_diffusion
 
 RANK, ALPHA = 4, 3.0  # different on purpose: a reader that takes alpha for the rank is 25 % off
 RUN, STAGE = "0199aaaa-0000-7000-8000-000000000001", "k" * 32
+EVERY: tuple[Layout, ...] = ("diffusers", "kohya", "comfyui")
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    draw("wedge", "red", 32).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows() -> list[SampleRow]:
+    """Two pictures that count twice, in somebody's folder, and one that is held out."""
+    folder = "home/ada/2_sks rocket"
+    return [
+        SampleRow("a", "a", f"{folder}/a.png", "Rocket, red app icon", None, "a", "train", 40, 32, *[None] * 3, 2),
+        SampleRow("b", "b", f"{folder}/b.png", "rocket, blue app icon", None, "b", "train", 32, 32, *[None] * 3, 2),
+        SampleRow("c", "c", "c.png", "comet", None, "c", "test", 32, 32, *[None] * 3, 1),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +107,28 @@ def loaded_by_diffusers(base: Path, folder: Path, weight_name: str) -> Tensor:
 def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path) -> str:
     """An adapter with the run, snapshot, evaluation and picture that lead to it."""
     ref = bench.store.put(adapter_bytes(unet, StableDiffusion()))
-    picture = bench.store.put(b"\x89PNG stand-in")
-    recipe = parse_recipe({"name": "icons", "data": {"sources": [{"path": "/home/ada/private/icons"}]}}, origin="test")
+    drawn = bench.store.put(picture())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows()], schema=MANIFEST_SCHEMA), sink)
+    manifest = bench.store.put(sink.getvalue().to_pybytes())
+    committed = bench.store.put(canonical_json({"facts": {"device": "NVIDIA A10G"}}))
+    recipe = parse_recipe(
+        {
+            "name": "icons",
+            "data": {"sources": [{"path": "/home/ada/private/icons"}]},
+            "training": {"max_train_steps": 60, "train_batch_size": 3, "class_prompt": "an icon"}
+            | {"init_adapter": "/home/ada/start.safetensors"},
+        },
+        origin="test",
+    )
     body = recipe.model_dump(mode="json") | {"base": {"model": str(base), "revision": None}}
+    began, ended = (datetime(2026, 1, 2, 3, minute, tzinfo=UTC) for minute in (4, 9))
     difference = {"value": -0.1, "low": -0.2, "high": -0.05}
     with bench.catalog.write() as session:
-        snapshot = Snapshot(dataset="icons", version=3, digest="d" * 64, stage_key="s", kept=2, rejected=1, profile={})
+        profile = {"rejects": {"tiny": 1}}
+        snapshot = Snapshot(
+            dataset="icons", version=3, digest=manifest.sha256, stage_key="s", kept=2, rejected=1, profile=profile
+        )
         session.add(snapshot)
         session.flush()
         for ordinal in range(2):
@@ -96,6 +151,7 @@ def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path) -> str:
                 kind="retrain",
                 status="completed",
                 recipe=body,
+                created_at=began,
                 host="laptop",
                 pid=1,
                 git_commit="abc",
@@ -109,14 +165,19 @@ def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path) -> str:
         session.add(
             StageRun(run_uid=RUN, stage="fine-tune", key=STAGE, outcome="produced", seconds=1, items=1, bytes=1)
         )
-        session.add(Adapter(sha256=ref.sha256, stage_key=STAGE, step=40))
+        session.add(
+            StageResultRow(
+                key=STAGE, stage="fine-tune", version=1, manifest_sha256=committed.sha256, items=60, seconds=12.53
+            )
+        )
+        session.add(Adapter(sha256=ref.sha256, stage_key=STAGE, step=40, created_at=ended))
         session.add(
             Evaluation(
                 key="e",
                 run_uid=RUN,
                 fingerprint="f",
                 adapter_sha256=ref.sha256,
-                snapshot_digest="d" * 64,
+                snapshot_digest=manifest.sha256,
                 metrics={
                     "kid": {
                         "candidate": 0.1,
@@ -142,7 +203,7 @@ def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path) -> str:
                 seed=0,
                 batch_index=0,
                 batch_row=0,
-                image_sha256=picture.sha256,
+                image_sha256=drawn.sha256,
                 metrics={},
             )
         )
@@ -186,8 +247,8 @@ def test_without_its_base_an_adapter_is_exported_under_the_names_it_has(bench: B
 def test_the_diffusers_file_holds_the_stored_numbers_and_exporting_twice_gives_the_same_bytes(
     bench: Bench, tmp_path: Path, base: Path
 ):
-    sha256, every = store_adapter(bench, adapted_unet(base), base), ("diffusers", "kohya", "comfyui")
-    first, again = (export_adapter(bench, sha256, tmp_path / name, every) for name in ("first", "again"))
+    sha256 = store_adapter(bench, adapted_unet(base), base)
+    first, again = (export_adapter(bench, sha256, tmp_path / name, EVERY) for name in ("first", "again"))
     names = {layout: path.name for layout, path in first.files.items()}
     assert names == {
         "diffusers": "pytorch_lora_weights.safetensors",
@@ -198,7 +259,7 @@ def test_the_diffusers_file_holds_the_stored_numbers_and_exporting_twice_gives_t
     assert [(a.name, a.scale) for a in stored] == [(b.name, b.scale) for b in ours]
     for mine, theirs in zip(stored, ours, strict=True):
         assert all(torch.equal(mine.weights[name], theirs.weights[name]) for name in ("down", "up"))
-    for layout in every:
+    for layout in EVERY:
         assert first.files[layout].read_bytes() == again.files[layout].read_bytes()
 
 
@@ -209,34 +270,86 @@ def test_a_stored_adapter_is_read_by_the_stock_loader_as_it_was_trained(tmp_path
     assert torch.equal(loaded_by_diffusers(base, tmp_path, "pytorch_lora_weights.safetensors"), output(unet))
 
 
-def test_headers_and_card_name_data_base_and_run_but_no_local_path(bench: Bench, tmp_path: Path, base: Path):
-    export = export_adapter(bench, store_adapter(bench, adapted_unet(base), base), tmp_path / "out")
+def test_every_layouts_header_names_data_base_and_run_but_no_local_path(bench: Bench, tmp_path: Path, base: Path):
+    export = export_adapter(bench, store_adapter(bench, adapted_unet(base), base), tmp_path / "out", EVERY)
+    said = {
+        "ss_session_id": RUN,
+        "ss_training_started_at": "1767323040.0",
+        "ss_training_finished_at": "1767323340.0",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "3.0",
+        "ss_sd_model_name": "tiny-sd",
+        "ss_base_model_version": "sd_v1",
+        "ss_zero_terminal_snr": "False",
+        "ss_noise_offset": "0.0",
+        "ss_resolution": "(32, 32)",
+        "ss_enable_bucket": "False",  # the tiny base takes squares
+        "ss_num_train_images": "4",
+        "ss_num_validation_images": "1",
+        "ss_num_reg_images": "100",
+        "ss_num_batches_per_epoch": "3",  # of 3, from 4 pictures and as many of the class
+        "ss_num_epochs": "20",
+        "ss_steps": "40",
+        "ss_epoch": "14",
+        "ss_dataset_dirs": '{"2_sks rocket": {"n_repeats": 2, "img_count": 2}}',
+        "ss_tag_frequency": '{"2_sks rocket": {"rocket": 2, "blue app icon": 1, "red app icon": 1}}',
+        "ss_bucket_info": '{"buckets": {"0": {"resolution": [32, 32], "count": 4}}, "mean_img_ar_error": 0.125}',
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.title": "icons",
+        "modelspec.description": "A LoRA for tiny-sd, trained with Safelight for 40 steps on 2 pictures of icons@v3.",
+        "modelspec.resolution": "32x32",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.date": "2026-01-02T03:09:00Z",
+        "safelight.run_uid": RUN,
+        "safelight.git_commit": "abc",
+        "safelight.mlflow_run_id": "m1",
+    }
     for path in export.files.values():
         _, metadata = read_adapter(path)
-        assert metadata["safelight.run_uid"] == metadata["ss_session_id"] == RUN
-        assert metadata["safelight.dataset_manifest_sha256"] == "d" * 64
-        assert metadata["ss_network_dim"] == "4"
-        assert metadata["ss_network_alpha"] == "3.0"
-        assert metadata["ss_sd_model_name"] == "tiny-sd"
-        assert metadata["ss_base_model_version"] == "sd_v1"
-        assert metadata["ss_noise_offset"] == "0.0"
-        assert metadata["ss_resolution"] == "(32, 32)"
-        assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
-        assert b"/home/" not in path.read_bytes()
-        assert str(base.parent).encode() not in path.read_bytes()
-    card = export.card.read_text()
-    assert "/home/" not in card
-    assert str(base.parent) not in card
-    assert "ada" not in card.split("## Training")[0].replace("adapter", "")
-    assert "| KID to held-out pictures | lower | 0.2 | – | 0.1 | -0.1 [-0.2, -0.05] | 100 |" in card
-    assert "| CC-BY-4.0 | 2 |" in card
-    assert "**promote**" in card
-    assert (export.folder / "images" / "0.png").read_bytes() == b"\x89PNG stand-in"
-    import yaml
+        assert {key: metadata.get(key) for key in said} == said
+        (dataset,) = json.loads(metadata["ss_datasets"])
+        assert [(subset["image_dir"], subset["num_repeats"]) for subset in dataset["subsets"]] == [("2_sks rocket", 2)]
+        data = path.read_bytes()
+        assert not [word for word in (b"/home", b"ada/", b"laptop", str(base.parent).encode()) if word in data]
+        assert hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest() == metadata["sshs_model_hash"]
 
+
+def test_the_card_has_a_gallery_and_says_how_it_came_about_without_a_local_path(
+    bench: Bench, tmp_path: Path, base: Path
+):
+    export = export_adapter(bench, store_adapter(bench, adapted_unet(base), base), tmp_path / "out", EVERY)
+    card = export.card.read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["widget"] == [{"text": 'a "rocket"', "output": {"url": "images/0.png"}}]
-    assert front["pipeline_tag"] == "text-to-image"
+    assert front["widget"] == [{"text": 'a "rocket"', "output": {"url": "images/0.png"}}] and "<Gallery />" in card
+    assert Image.open(export.folder / front["widget"][0]["output"]["url"]).size == (32, 32)
+    assert front["pipeline_tag"] == "text-to-image" and front["library_name"] == "diffusers"
+    assert set(front["tags"]) == {"text-to-image", "diffusers", "lora", "template:sd-lora"}
+    licence = (export.folder / front["license_link"]).read_text()
+    assert front["license"] == "other" and "CC-BY-4.0" in licence and "`tiny-sd`: the licences of both apply" in licence
+    assert all(path.name in card for path in export.files.values())
+    for said in (
+        "| KID to held-out pictures | lower | 0.2 | – | 0.1 | -0.1 [-0.2, -0.05] | 100 |",
+        "| CC-BY-4.0 | 2 |",
+        "**promote**",
+        "Rejected by check: tiny 1.",
+        "| `test_fraction` | 0.1 |",
+        "| `init_adapter` | start.safetensors |",
+        "- trained on: `NVIDIA A10G`",
+        "- seconds: `12.5`",
+    ):
+        assert said in card
+    assert not [word for word in ("/home/", str(base.parent), "laptop") if word in card]
+    assert "ada" not in card.split("## Training")[0].replace("adapter", "")
+
+
+def test_without_its_data_an_adapter_is_exported_with_what_is_known(bench: Bench, tmp_path: Path, base: Path):
+    sha256 = store_adapter(bench, adapted_unet(base), base)
+    with bench.catalog.read() as session:
+        (digest,) = session.scalars(select(Snapshot.digest))
+    bench.store.path(digest).unlink()
+    _, metadata = read_adapter(export_adapter(bench, sha256, tmp_path / "out").files["kohya"])
+    assert metadata["ss_num_train_images"] == "2" and "ss_tag_frequency" not in metadata
 
 
 def test_an_adapter_whose_bytes_were_altered_is_not_exported(bench: Bench, tmp_path: Path, base: Path):
