@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from components.training.card import Origin, card_images, origin_of, write_card
 
 EVERY_RUN: tuple[Layout, ...] = ("diffusers", "kohya")  # what is written where nothing else is asked for
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+BATCH = ("train_batch_size", "gradient_accumulation_steps", "num_processes")  # what one optimizer step sees
 KOHYA_MODULES = {"StableDiffusion3Pipeline": "networks.lora_sd3", "FluxPipeline": "networks.lora_flux"}
 IMPLEMENTATIONS: dict[Layout, str] = {
     "diffusers": "diffusers",
@@ -138,7 +140,7 @@ def file_metadata(
         "ss_lr_warmup_steps": training.get("lr_warmup_steps"),
         "ss_max_train_steps": training.get("max_train_steps"),
         "ss_steps": origin.step,
-        "ss_total_batch_size": training.get("train_batch_size"),
+        "ss_total_batch_size": math.prod(training.get(factor, 1) for factor in BATCH),
         "ss_gradient_accumulation_steps": training.get("gradient_accumulation_steps"),
         "ss_max_grad_norm": training.get("max_grad_norm"),
         "ss_mixed_precision": training.get("mixed_precision"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from components.config import BaseModelConfig
+from components.config import BaseModelConfig, load_recipe
 from components.curation.snapshots import SampleRow
 from components.errors import BaseModelError
 from components.families.autoencoders import GaussianLatents
@@ -19,6 +19,7 @@ from components.families.flux import Flux, image_ids, packed, unpacked
 from components.families.stable_diffusion_xl import StableDiffusionXL
 from components.latents.buckets import Bucket, fit
 from components.latents.keys import framing_of, prompt_encoder_key
+from flows.demo import RECIPE
 from tests.families.members import (
     flux,
     stable_diffusion_3,
@@ -111,6 +112,28 @@ def test_dev_and_schnell_do_not_share_embeddings_though_they_share_encoders(tmp_
     assert dev.digest_of(parts) == schnell.digest_of(parts)
     assert prompt_encoder_key(dev) != prompt_encoder_key(schnell)
     assert [Flux().modelspec(base.path) for base in (dev, schnell)] == ["flux-1-dev", "flux-1-schnell"]
+
+
+def test_dev_is_told_a_guidance_of_1_in_training_and_schnell_none(tmp_path: Path):
+    for guided, told in ((True, [1.0, 1.0]), (False, None)):
+        base = base_of(flux(tmp_path / str(guided), guided=guided))
+        denoiser: Any = base.architecture.load_denoiser(base.path, "cpu")
+        seen: list[Any] = []
+
+        def note(_: Any, args: Any, given: dict[str, Any], seen: list[Any] = seen) -> None:
+            seen.append(given["guidance"])
+
+        denoiser.register_forward_pre_hook(note, with_kwargs=True)
+        cond = base.architecture.load_prompt_encoder(base.path, "cpu").encode(["a sign", ""])
+        with torch.no_grad():
+            base.architecture.denoise(denoiser, torch.zeros(2, 4, 4, 4), torch.tensor([1.0, 900.0]), cond)
+        assert [None if value is None else value.tolist() for value in seen] == [told]
+
+
+def test_the_recipe_of_schnell_draws_as_it_was_distilled_to():
+    recipe = load_recipe(RECIPE.parent / "flux1-schnell.toml")
+    assert (recipe.evaluation.num_inference_steps, recipe.evaluation.guidance_scale) == (4, 1.0)
+    assert recipe.training.caption_dropout_rate == 0 and not recipe.training.use_dynamic_shifting
 
 
 # refusals ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,8 +117,14 @@ def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path) -> str:
         {
             "name": "icons",
             "data": {"sources": [{"path": "/home/ada/private/icons"}]},
-            "training": {"max_train_steps": 60, "train_batch_size": 3, "class_prompt": "an icon"}
-            | {"init_adapter": "/home/ada/start.safetensors"},
+            "training": {
+                "init_adapter": "/home/ada/start.safetensors",
+                "max_train_steps": 60,
+                "train_batch_size": 3,
+                "class_prompt": "an icon",
+                "snr_gamma": 5.0,
+                "scale_weight_norms": 1.0,
+            },
         },
         origin="test",
     )
@@ -313,6 +320,17 @@ def test_every_layouts_header_names_data_base_and_run_but_no_local_path(bench: B
         data = path.read_bytes()
         assert not [word for word in (b"/home", b"ada/", b"laptop", str(base.parent).encode()) if word in data]
         assert hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest() == metadata["sshs_model_hash"]
+
+
+def test_the_page_on_layouts_names_every_key_of_the_header_and_no_other(bench: Bench, tmp_path: Path, base: Path):
+    page = Path(__file__).parents[2] / "components" / "layouts" / "README.md"
+    named: set[str] = set()
+    for entry in page.read_text(encoding="utf-8").partition("## Headers")[2].split("\nOf kohya")[0].split("\n- ")[1:]:
+        prefix, *keys = re.findall(r"`([\w.]+)`", entry)
+        named |= {key if key.startswith("sshs_") else f"{prefix}{key}" for key in keys}
+    export = export_adapter(bench, store_adapter(bench, adapted_unet(base), base), tmp_path / "out", ["kohya"])
+    _, metadata = read_adapter(export.files["kohya"])
+    assert {*metadata, "safelight.base_model_revision"} == named  # a folder has no revision
 
 
 def test_the_card_has_a_gallery_and_says_how_it_came_about_without_a_local_path(
