@@ -418,6 +418,25 @@ def stop(
         )
 
 
+# versions of a dataset, and the store ------------------------------------------------------------------------------
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="DATASET@VERSION", help="Such as cats@7; cats alone: its newest.")],
+    after: Annotated[str, typer.Argument(metavar="DATASET@VERSION", help="What to compare it with.")],
+    as_json: AsJson = False,
+) -> None:
+    """What changed between two versions: added, removed, recaptioned, judged otherwise, moved between the splits."""
+    with _reporter(as_json) as reporter:
+        from flows import datasets
+
+        document = datasets.diff(_open_bench(), before, after)
+        reporter.finish(
+            {"schema": SCHEMA, "status": "completed"} | document, lambda: datasets.show_diff(reporter, document)
+        )
+
+
 # using a model ----------------------------------------------------------------------------------------------------
 
 
