@@ -265,7 +265,7 @@ def _read_masks(store: Store, files: Sequence[ScannedFile],
 
 def _is_done(store: Store, known: Facts | None, file: ScannedFile) -> bool:
     if isinstance(known, ImageFacts):
-        return store.holds(ObjectRef(str(file.sha256), file.bytes))
+        return store.keep(ObjectRef(str(file.sha256), file.bytes))
     return known is not None
 
 
