@@ -1,13 +1,15 @@
 """`safelight diff` and `export-dataset`: what people do with the versions of a dataset."""
 
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from components.catalog import differences
 from components.catalog.datasets import ItemRow, SnapshotRow, VerdictRow
 from components.catalog.differences import KINDS, Change, told
 from components.stages import Bench
-from flows.console import Reporter
+from flows.console import Reporter, size
 
 FIRST = 10  # changes of a kind that a person is shown
 WIDTH = 60  # characters of a caption that a person is shown
@@ -49,6 +51,32 @@ def show_diff(reporter: Reporter, document: dict[str, Any]) -> None:
         )
         if count > FIRST:
             reporter.say(f"and {count - FIRST} more; --json has them all", "dim")
+
+
+def export(bench: Bench, name: str, out: Path, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The document of `safelight export-dataset`. Raises BadInput for a version or folder that cannot be used."""
+    from components.curation.dataset_folder import export_dataset
+
+    snapshot = differences.named_snapshot(bench.catalog, name)
+
+    def progress(done: int, total: int) -> None:
+        on_event({"event": "progress", "stage": "export", "done": done, "total": total})
+
+    made = export_dataset(bench, snapshot, out, on_progress=progress)
+    return {
+        "snapshot": _snapshot(snapshot),
+        "folder": str(made.folder),
+        "card": str(made.card),
+        "splits": {split.name: {"samples": split.samples, "bytes": split.bytes} for split in made.splits},
+        "shards_reused": made.reused,
+    }
+
+
+def show_export(reporter: Reporter, document: dict[str, Any]) -> None:
+    """What was written, for a person."""
+    for name, split in document["splits"].items():
+        reporter.say(f"{name:<5} {split['samples']} samples, {size(split['bytes'])}")
+    reporter.say(f"{document['card']}\n{document['folder']}")
 
 
 def _snapshot(row: SnapshotRow) -> dict[str, Any]:

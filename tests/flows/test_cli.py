@@ -27,7 +27,7 @@ from tests.pictures import write_pictures
 
 COMMANDS = [
     *("demo", "init", "up", "down", "status", "doctor", "plan", "curate", "cache", "retrain", "evaluate", "promote"),
-    *("schedule", "runs", "show", "logs", "stop", "diff", "generate", "export", "pretrain"),
+    *("schedule", "runs", "show", "logs", "stop", "diff", "export-dataset", "gc", "generate", "export", "pretrain"),
 ]
 GROUPS = {"study": ["samplers"]}
 ROOT = Path(__file__).parents[2]
