@@ -85,15 +85,16 @@ class Survey:
 def survey(bench: Bench, before: datetime) -> Survey:
     """Tell the store's objects apart. `before` should lie before the beginning of every run that is not over yet."""
     claimed, damaged = reachable(bench)
-    piles: tuple[list[StoredObject], list[StoredObject], list[StoredObject]] = ([], [], [])
-    kept, young, garbage = piles
+    kept: list[StoredObject] = []
+    young: list[StoredObject] = []
+    garbage: list[StoredObject] = []
     for sha256, state in bench.store.objects():
         if sha256 in claimed:
             kept.append(StoredObject(sha256, state.st_size, claimed[sha256]))
         else:
             pile = young if state.st_mtime >= before.timestamp() else garbage
             pile.append(StoredObject(sha256, state.st_size, _kind_of(bench.store.path(sha256))))
-    return Survey(before, *(tuple(pile) for pile in piles), tuple(damaged))
+    return Survey(before, tuple(kept), tuple(young), tuple(garbage), tuple(damaged))
 
 
 def sweep(bench: Bench, found: Survey, *, on_delete: Callable[[StoredObject], None] = lambda one: None) -> Pile:

@@ -182,7 +182,7 @@ def _worst_crops(placed: Sequence[_Placed], path: Path) -> dict[str, Any]:
             image = decode(Path(str(one.item.path)).read_bytes())
         except (OSError, UnreadableImage):
             continue
-        shown.append((image, one.crop, f"{one.crop.share:.0%} {one.item.file_name}"))
+        shown.append((image, one.crop, f"{one.crop.share:.0%}: {one.item.file_name}"))
     if shown:
         data = io.BytesIO()
         crop_sheet(shown).save(data, "PNG")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Select, except_, select
 
@@ -136,7 +137,7 @@ def compare(catalog: Catalog, before: SnapshotRow, after: SnapshotRow) -> Differ
 
 def _differing(catalog: Catalog, snapshot: int, other: int) -> list[ItemRow]:
     """The items of a snapshot that the other does not hold in the same way, in order."""
-    def rows(of: int) -> Select[tuple[object, ...]]:
+    def rows(of: int) -> Select[Any]:
         return select(*COMPARED).where(SnapshotItem.snapshot_id == of)
 
     only = except_(rows(snapshot), rows(other)).subquery()
