@@ -60,6 +60,15 @@ class CurationConfig(Config):
         default=0.1, ge=0, lt=1, description="Share of components held out where the data names no split."
     )
     split_salt: str = Field(default="safelight", description="Seeds the hash that assigns components to splits.")
+    licences: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description='SPDX ids, such as ["CC0-1.0", "CC-BY-4.0"]: pictures under another licence or none are rejected.',
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """What a snapshot depends on; a setting that came later only where it is used, so that older keys stay."""
+        return self.model_dump(mode="json", exclude={"licences"} if self.licences is None else None)
 
 
 class BaseModelConfig(Config):

@@ -1,12 +1,14 @@
 """Content-addressed objects: immutable bytes named by their sha256, written so that a crash leaves all or nothing."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -14,6 +16,7 @@ from typing import IO
 from components.errors import DamagedArtifact, StorageFull
 
 CHUNK = 1 << 20
+SHA256 = re.compile(r"[0-9a-f]{64}")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_ROOM_WORDS = (  # of libraries that raise errors of their own: safetensors, pyarrow and SQLite
     "No space left on device",
@@ -109,26 +112,63 @@ class Store:
     def path(self, sha256: str) -> Path:
         return self.root / sha256[:2] / sha256[2:]
 
+    @contextmanager
+    def lock(self, *, alone: bool) -> Iterator[None]:
+        """Whoever keeps an object shares it, whoever deletes one holds it alone: what is wanted again is not lost."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.root.with_name(f"{self.root.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
+
     def put(self, data: bytes) -> ObjectRef:
-        """Keep `data`; writing the same bytes twice writes once."""
+        """Keep `data`; writing the same bytes twice writes once, and makes the object young again."""
         ref = ObjectRef(hashlib.sha256(data).hexdigest(), len(data))
-        if not self.intact(ref):
-            with atomic_write(self.path(ref.sha256)) as file:
-                file.write(data)
+        with self.lock(alone=False):
+            if not (self.intact(ref) and self._renew(ref)):
+                with atomic_write(self.path(ref.sha256)) as file:
+                    file.write(data)
         return ref
 
     def put_file(self, path: Path) -> ObjectRef:
         """Keep a copy of the file's present bytes; the file itself is left alone."""
         ref = ObjectRef(sha256_of(path), path.stat().st_size)
-        if not self.intact(ref):
-            digest = hashlib.sha256()
-            with path.open("rb") as source, atomic_write(self.path(ref.sha256)) as target:
-                while chunk := source.read(CHUNK):
-                    digest.update(chunk)
-                    target.write(chunk)
-                if digest.hexdigest() != ref.sha256:
-                    raise DamagedArtifact(f"{path}: changed while it was being read; run the same command again")
+        with self.lock(alone=False):
+            if not (self.intact(ref) and self._renew(ref)):
+                digest = hashlib.sha256()
+                with path.open("rb") as source, atomic_write(self.path(ref.sha256)) as target:
+                    while chunk := source.read(CHUNK):
+                        digest.update(chunk)
+                        target.write(chunk)
+                    if digest.hexdigest() != ref.sha256:
+                        raise DamagedArtifact(f"{path}: changed while it was being read; run the same command again")
         return ref
+
+    def keep(self, ref: ObjectRef) -> bool:
+        """`holds`, for an object that is going to be used again: it is as young as if it had been put now."""
+        with self.lock(alone=False):
+            return self.holds(ref) and self._renew(ref)
+
+    def _renew(self, ref: ObjectRef) -> bool:
+        """Set the object's time to now; False where that is not allowed, since it is somebody else's file."""
+        try:
+            os.utime(self.path(ref.sha256))
+        except (FileNotFoundError, PermissionError):
+            return False
+        return True
+
+    def objects(self) -> Iterator[tuple[str, os.stat_result]]:
+        """The sha256 and the state of every object, in no particular order; unfinished writes are left out."""
+        with os.scandir(self.root) as folders:
+            prefixes = sorted(folder.name for folder in folders if len(folder.name) == 2 and folder.is_dir())
+        for prefix in prefixes:
+            with os.scandir(self.root / prefix) as files:
+                for file in files:
+                    if SHA256.fullmatch(prefix + file.name):
+                        with suppress(FileNotFoundError):
+                            yield prefix + file.name, file.stat(follow_symlinks=False)
 
     def holds(self, ref: ObjectRef) -> bool:
         """Whether an object of this name and size is there (its bytes are not hashed)."""

@@ -122,14 +122,14 @@ def remove_schedule(workspace: Workspace, name: str) -> None:
     path.unlink()
 
 
-def parse_span(text: str) -> int:
+def parse_span(text: str, *, option: str = "--every", shortest_s: int = SHORTEST_S) -> int:
     """Seconds in "90s", "10m", "6h", "1d", "2w" or sums such as "1h30m"."""
     parts = re.findall(r"(\d+)([smhdw])", text.strip())
     if not parts or "".join(number + unit for number, unit in parts) != text.strip().replace(" ", ""):
-        raise BadInput(f"--every {text!r}: expected a span such as 30m, 6h, 1d or 1h30m")
+        raise BadInput(f"{option} {text!r}: expected a span such as 30m, 6h, 1d or 1h30m")
     seconds = sum(int(number) * SPANS_S[unit] for number, unit in parts)
-    if seconds < SHORTEST_S:
-        raise BadInput(f"--every {text!r}: expected at least {SHORTEST_S}s")
+    if seconds < shortest_s:
+        raise BadInput(f"{option} {text!r}: expected at least {span_in_words(shortest_s)}")
     return seconds
 
 

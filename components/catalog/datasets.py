@@ -111,7 +111,7 @@ def items_page(catalog: Catalog, snapshot_id: int, *, kept: bool | None = True, 
         query = query.where(SnapshotItem.ordinal.in_(spoken_of))
     with catalog.read() as session:
         found = session.scalars(query.order_by(SnapshotItem.ordinal).limit(limit + 1)).all()
-    items = tuple(_item_row(item) for item in found[:limit])
+    items = tuple(item_row(item) for item in found[:limit])
     return ItemPage(items, items[-1].ordinal if len(found) > limit else None)
 
 
@@ -151,6 +151,6 @@ def _snapshots(catalog: Catalog, query: Select[tuple[Snapshot]]) -> list[Snapsho
                             row.profile) for row in session.scalars(query)]
 
 
-def _item_row(item: SnapshotItem) -> ItemRow:
+def item_row(item: SnapshotItem) -> ItemRow:
     return ItemRow(item.ordinal, item.file_name, item.sha256, item.caption, item.kept, item.split, item.group,
                    item.component, item.width, item.height, item.licence, item.author, item.source)

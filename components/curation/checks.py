@@ -69,6 +69,7 @@ class CheckRules:
     count_tokens: Callable[[str], int] | None = None   # by the training tokenizer; None: tokens are not counted
     max_tokens: int = 77
     profile: Profile = "photo"                 # drawings are flat, bright and smooth on purpose
+    licences: tuple[str, ...] | None = None    # SPDX ids that are allowed; None: any, or none stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,8 @@ def check_rules(config: CurationConfig, training_size: int, *, count_tokens: Cal
     """The recipe's rules for a base that trains at `training_size` px."""
     min_side = min(USUAL_MIN_SIDE, training_size) if config.min_side == "auto" else config.min_side
     return CheckRules(training_size=training_size, min_side=min_side, max_aspect=config.max_aspect, profile=profile,
-                      min_caption_words=config.min_caption_words, count_tokens=count_tokens, max_tokens=max_tokens)
+                      min_caption_words=config.min_caption_words, count_tokens=count_tokens, max_tokens=max_tokens,
+                      licences=config.licences)
 
 
 def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts | Unreadable:
@@ -171,6 +173,14 @@ def judge(facts: ImageFacts | Unreadable, caption: str, rules: CheckRules) -> li
     if isinstance(facts, Unreadable):
         return [Verdict("unreadable", None, None, "reject", f"It cannot be opened: {facts.reason}.")]
     return [check(facts, caption, rules) for check in CHECKS if rules.profile in check.profiles]
+
+
+def judge_licence(licence: str | None, rules: CheckRules) -> Verdict | None:
+    """A reject for a picture whose licence is not among those allowed, whatever the case of its letters, or None."""
+    if rules.licences is None or (licence or "").casefold() in {allowed.casefold() for allowed in rules.licences}:
+        return None
+    found = f"Its licence is {licence}" if licence else "It states no licence"
+    return Verdict("licence", None, None, "reject", f"{found}; the recipe allows {', '.join(rules.licences)}.")
 
 
 def judge_set(facts: Sequence[ImageFacts], profile: Profile) -> list[list[Verdict]]:

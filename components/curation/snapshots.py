@@ -30,6 +30,7 @@ from components.curation.checks import (
     examine,
     judge,
     judge_captions,
+    judge_licence,
     judge_set,
     profile_of,
 )
@@ -149,7 +150,7 @@ def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, data
     `tokenizer` is any text that identifies what counts the captions' tokens.
     """
     found = scan(bench, data, verify=verify)
-    config = curation.model_dump(mode="json") | {
+    config = curation.settings() | {
         "dataset": dataset, "training_size": training_size, "tokenizer": tokenizer, "examine": EXAMINE_VERSION}
     return stage_key("curate", inputs={"sources": found.digest}, config=config), found
 
@@ -264,7 +265,7 @@ def _read_masks(store: Store, files: Sequence[ScannedFile],
 
 def _is_done(store: Store, known: Facts | None, file: ScannedFile) -> bool:
     if isinstance(known, ImageFacts):
-        return store.holds(ObjectRef(str(file.sha256), file.bytes))
+        return store.keep(ObjectRef(str(file.sha256), file.bytes))
     return known is not None
 
 
@@ -402,6 +403,8 @@ def _judge(file: ScannedFile, facts: Facts | None, rules: CheckRules) -> list[Ve
     if facts is not None:
         verdicts += [verdict for verdict in judge(facts, file.item.caption, rules) if verdict.decision != "keep"
                      and not (problem and verdict.check.startswith("caption"))]
+    if (unlicensed := judge_licence(file.item.licence, rules)) is not None:
+        verdicts.append(unlicensed)
     if file.item.fallback:
         verdicts.append(Verdict("caption_fallback", None, None, "flag", "Its caption is its folder's class tokens."))
     return verdicts

@@ -330,6 +330,8 @@ class _FineTuning:
         self.losses, self.log = checkpoint.tensors.get("losses", {}), checkpoint.facts["log"]
         self.adapters = {int(step): ObjectRef(*ref) for step, ref in checkpoint.facts["adapters"].items()}
         self.previews = {name: ObjectRef(*ref) for name, ref in checkpoint.facts["previews"].items()}
+        for ref in (*self.adapters.values(), *self.previews.values()):
+            self.bench.store.keep(ref)
         self.on_event({"event": "log", "message": f"resumed from step {checkpoint.step}"})
         return checkpoint.step
 

@@ -5,11 +5,14 @@ from markupsafe import Markup
 
 from components.catalog import datasets
 from components.catalog.datasets import SnapshotRow
+from components.catalog.differences import KINDS, Difference, compare, told
 from dashboard.desk import address, open_desk, version_name, whole
 from dashboard.gallery import show_items
-from dashboard.markup import ago, check_name, draw, facts, link, notice, plural, title
+from dashboard.markup import ago, check_name, draw, facts, link, notice, plural, section, table, title
 
 ANY = "any"
+NOTHING = "nothing"
+FIRST = 5  # changes of a kind that are shown; `safelight diff` has them all
 PILES = ("kept", "rejected")
 LEAD = "Immutable versions of your collections. Sources are only read, never moved or changed."
 
@@ -57,7 +60,16 @@ def show() -> None:
                 on_change=_to_start,
                 format_func=lambda c: "all" if c == ANY else f"{check_name(c)} · {counts[c]:,}".replace(",", " "),
             )
+        other = st.selectbox(
+            "compare with",
+            (NOTHING, *(name for name in found if name != chosen)),
+            key="against",
+            bind="query-params",
+            width=280,
+        )
     draw(_facts(snapshot))
+    if other in found:
+        draw(_changes(compare(desk.catalog, found[other], snapshot)))
     after = whole(st.query_params.get("after"), -1)
     page = datasets.items_page(
         desk.catalog, snapshot.id, kept=pile == "kept", check=None if check == ANY else check, after=after
@@ -81,6 +93,22 @@ def show() -> None:
 
 def _to_start() -> None:
     st.query_params.pop("after", None)
+
+
+def _changes(difference: Difference) -> Markup:
+    """How many files changed in which way since the other version, and the first of each."""
+    by_kind = {kind: difference.of_kind(kind) for kind in KINDS}
+    before, after = difference.before, difference.after
+    heading = section(
+        "What changed",
+        f"from {version_name(before.dataset, before.version)} to {version_name(after.dataset, after.version)}",
+    )
+    if not difference.changes:
+        return heading + notice("quiet", "Nothing.", "Both versions hold the same files, captions and verdicts.")
+    words = [(kind, told(kind, change), change) for kind, changes in by_kind.items() for change in changes[:FIRST]]
+    rows = [(kind, change.file_name, said.before, said.after, said.why) for kind, said, change in words]
+    counts = facts([(kind, plural(len(changes), "file")) for kind, changes in by_kind.items() if changes])
+    return heading + counts + table(("change", "file", "before", "now", "why"), rows)
 
 
 def _facts(snapshot: SnapshotRow) -> Markup:

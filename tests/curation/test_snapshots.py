@@ -324,3 +324,44 @@ def test_an_animated_picture_and_a_cmyk_one_are_kept_and_flagged(bench: Bench, t
     product = curated(bench, folder)
     assert product.facts["kept"] == 3
     assert product.facts["flags"].keys() >= {"frames", "colours"}
+
+
+# licences -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_pictures_under_an_allowed_licence_are_kept_and_the_others_say_what_was_found(
+    bench: Bench, tmp_path: Path
+):
+    folder = pictures(tmp_path / "data", 4)
+    licences = ["CC0-1.0", "cc-by-4.0", "CC-BY-NC-4.0", None]
+    table(folder, [{"file_name": f"{i:03}.png", "text": f"number {i}", "author": f"a{i}", "source": f"s{i}",
+                    **({"licence": licence} if licence else {})} for i, licence in enumerate(licences)])
+    product = curated(bench, folder, licences=["CC0-1.0", "CC-BY-4.0"])
+    assert rejects(bench, product) == {"002.png": "licence", "003.png": "licence"}
+    rows = pq.read_table(bench.store.path(product.outputs["verdicts"].sha256)).to_pylist()
+    assert {row["reason"] for row in rows if row["check"] == "licence"} == {
+        "Its licence is CC-BY-NC-4.0; the recipe allows CC0-1.0, CC-BY-4.0.",
+        "It states no licence; the recipe allows CC0-1.0, CC-BY-4.0."}
+    kept = [(row.licence, row.author, row.source) for row in samples(bench, product).values()]
+    assert sorted(kept) == [("CC0-1.0", "a0", "s0"), ("cc-by-4.0", "a1", "s1")]
+
+
+def test_a_duplicate_under_a_licence_that_is_not_allowed_does_not_displace_one_that_is(bench: Bench, tmp_path: Path):
+    folder = pictures(tmp_path / "data", 3)
+    picture(1).save(folder / "larger.bmp")  # of equal pixels the larger file is kept, were it allowed
+    table(folder, [{"file_name": name, "text": name, "licence": "NOASSERTION" if name == "larger.bmp" else "MIT"}
+                   for name in ("000.png", "001.png", "002.png", "larger.bmp")])
+    assert rejects(bench, curated(bench, folder, licences=["MIT"])) == {"larger.bmp": "licence"}
+
+
+def test_a_recipe_without_licences_has_the_key_that_it_had_before_there_were_any(bench: Bench, tmp_path: Path):
+    folder = pictures(tmp_path / "data", 2)
+
+    def key(**settings: object) -> str:
+        return curate_key(bench, sources(folder), CurationConfig.model_validate(settings), dataset="blobs",
+                          training_size=64)[0]
+
+    assert key() == key(licences=None) and key(licences=["MIT"]) != key()
+    assert "licences" not in CurationConfig().settings()
+    with pytest.raises(ValueError, match="at least 1"):
+        CurationConfig.model_validate({"licences": []})

@@ -161,6 +161,14 @@ def test_compare_can_be_asked_for_the_gallery_of_a_run(home: Seeded):
     assert "could not be drawn" not in words(app)
 
 
+def test_two_versions_of_a_dataset_are_compared(home: Seeded):
+    app = page("datasets", snapshot="app-icons v2", against="app-icons v1")
+    found = words(app)
+    assert "from app-icons v1 to app-icons v2" in found and "added" in found
+    assert "<script>" not in found
+    assert "What changed" not in words(page("datasets", snapshot="app-icons v2", against="app-icons v9"))
+
+
 def test_hostile_names_are_escaped_in_every_piece_of_html(writable: Seeded, monkeypatch: pytest.MonkeyPatch):
     from sqlalchemy import update
 

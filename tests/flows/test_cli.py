@@ -29,7 +29,7 @@ from tests.tiny import tiny_stable_diffusion
 
 COMMANDS = [
     *("demo", "init", "up", "down", "status", "doctor", "plan", "curate", "cache", "retrain", "evaluate", "promote"),
-    *("schedule", "runs", "show", "logs", "stop", "generate", "export", "pretrain"),
+    *("schedule", "runs", "show", "logs", "stop", "diff", "export-dataset", "gc", "generate", "export", "pretrain"),
 ]
 GROUPS = {"study": ["samplers"]}
 ROOT = Path(__file__).parents[2]

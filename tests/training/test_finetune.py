@@ -1,6 +1,8 @@
 """Fine-tuning: stop it anywhere, resume it, twice: the same bytes as if it had never stopped."""
 
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load
 
 from components.errors import BaseModelError, Stopped, TrainingDiverged
+from components.garbage import survey, sweep
 from components.latents.keys import training_size
 from components.training import finetune
 from components.training.checkpoints import MANIFEST_NAME, save_checkpoint
@@ -240,3 +243,19 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(chain: Ch
     )
     with pytest.raises(TrainingDiverged, match="step"):
         chain.fine_tune(recipe, work="diverged")
+
+
+def test_what_a_stopped_training_published_outlives_a_collection_of_garbage_and_is_young_when_it_goes_on(chain: Chain):
+    recipe, store = chain.recipe(*FAST, "training.seed=5"), chain.bench.store
+    with pytest.raises(Stopped):
+        chain.fine_tune(recipe, work="work/collected", stop_after=4)
+    (manifest,) = (chain.bench.workspace.home / "work" / "collected").glob(f"*/{MANIFEST_NAME}")
+    facts = json.loads(manifest.read_text())["facts"]
+    published = [ref[0] for ref in (*facts["adapters"].values(), *facts["previews"].values())]
+    assert len(published) == 3  # an adapter and two previews
+    for sha256 in published:
+        os.utime(store.path(sha256), (0, 0))
+    before = datetime(2001, 1, 1, tzinfo=UTC)
+    assert sweep(chain.bench, survey(chain.bench, before)).objects == 0
+    outputs(chain, chain.fine_tune(recipe, work="work/collected"))
+    assert all(store.path(sha256).stat().st_mtime > before.timestamp() for sha256 in published)
