@@ -59,8 +59,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "schedule-free": {"optimizer": "adamwschedulefree", "lr_warmup_steps": 3},
     "lion": {"optimizer": "lion"},
     "muon": {"optimizer": "muon", "lr_scheduler": "cosine"},
+    "text encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-3, "caption_dropout_rate": 0.5},
+    "pivotal": {"train_text_encoder": True, "placeholder_token": "sign", "num_vectors": 2, "ema_decay": 0.9},
     "two processes": {"num_processes": 2},
     "two processes, accumulation": {"num_processes": 2, "gradient_accumulation_steps": 2, "ema_decay": 0.9},
+    "two processes, pivotal": {"num_processes": 2, "placeholder_token": "sign", "initializer_token": "a"},
     "two processes, prodigy": {"num_processes": 2, "optimizer": "prodigy", "learning_rate": 1.0},
 }
 MOMENTS = [("step", step) for step in range(1, STEPS + 1)] + [("checkpoint", step) for step in range(2, STEPS + 1, 2)]

@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoHaConfig, LoraConfig
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from components.catalog.models import Adapter, Evaluation, Generation, Run, Snapshot, SnapshotItem, StageRun
 from components.config import parse_recipe
@@ -15,6 +16,7 @@ from components.errors import BadInput, DamagedArtifact
 from components.families.stable_diffusion import StableDiffusion
 from components.layouts.files import read_adapter
 from components.layouts.reading import stored_layers
+from components.layouts.tokens import Token
 from components.stages import Bench
 from components.training.adapters import adapter_bytes
 from components.training.export import export_adapter
@@ -65,9 +67,9 @@ def loaded_by_diffusers(base: Path, folder: Path, weight_name: str) -> Tensor:
     return output(pipeline.unet)
 
 
-def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path) -> str:
-    """An adapter with the run, snapshot, evaluation and picture that lead to it."""
-    ref = bench.store.put(adapter_bytes(unet, StableDiffusion()))
+def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path, *learnt: Any) -> str:
+    """An adapter with the run, snapshot, evaluation and picture that lead to it; `learnt` is its text side."""
+    ref = bench.store.put(adapter_bytes(unet, StableDiffusion(), *learnt))
     picture = bench.store.put(b"\x89PNG stand-in")
     recipe = parse_recipe({"name": "icons", "data": {"sources": [{"path": "/home/ada/private/icons"}]}}, origin="test")
     body = recipe.model_dump(mode="json") | {"base": {"model": str(base), "revision": None}}
@@ -237,6 +239,39 @@ def test_headers_and_card_name_data_base_and_run_but_no_local_path(bench: Bench,
     front = yaml.safe_load(card.split("---")[1])
     assert front["widget"] == [{"text": 'a "rocket"', "output": {"url": "images/0.png"}}]
     assert front["pipeline_tag"] == "text-to-image"
+
+
+def test_text_layers_and_a_token_go_into_every_layout_and_the_card_says_the_word(
+    bench: Bench, tmp_path: Path, base: Path
+):
+    text = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+    text.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "fc2"], use_dora=True))  # type: ignore[arg-type]
+    token = Token("<icon>", {"text_encoder": torch.ones(2, 16)})
+    sha256 = store_adapter(bench, adapted_unet(base), base, {"text_encoder": text}, [token])
+    export = export_adapter(bench, sha256, tmp_path / "out", ("diffusers", "kohya", "comfyui"))
+    assert {name: path.name for name, path in export.files.items()} == {
+        "diffusers": "pytorch_lora_weights.safetensors",
+        "kohya": "icons.safetensors",
+        "comfyui": "icons-comfyui.safetensors",
+        "embeddings": "learned_embeds.safetensors",
+    }
+    keys = {name: set(read_adapter(path)[0]) for name, path in export.files.items()}
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    assert f"text_encoder.{layer}.lora_magnitude_vector.weight" in keys["diffusers"]  # as transformers loads it
+    assert {f"lora_te_{layer.replace('.', '_')}.{leaf}" for leaf in ("alpha", "dora_scale")} <= keys["kohya"]
+    assert f"text_encoders.clip_l.transformer.{layer}.lora_A.weight" in keys["comfyui"]
+    assert keys["embeddings"] == {"<icon>"}
+    bundled = {name for name, found in keys.items() if "bundle_emb.<icon>.string_to_param.*" in found}
+    assert bundled == {"kohya", "comfyui"}
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.load_textual_inversion(str(export.folder))
+    pipeline.load_lora_weights(str(export.folder), weight_name=export.files["diffusers"].name)
+    assert pipeline.tokenizer.tokenize("<icon> <icon>_1") == ["<icon>", "<icon>_1"]
+    _, metadata = read_adapter(export.files["kohya"])
+    assert metadata["modelspec.trigger_phrase"] == "<icon>"
+    card = export.card.read_text()
+    assert 'instance_prompt: "<icon>"' in card
+    assert 'pipeline.load_textual_inversion(".", weight_name="learned_embeds.safetensors")' in card
 
 
 def test_an_adapter_whose_bytes_were_altered_is_not_exported(bench: Bench, tmp_path: Path, base: Path):
