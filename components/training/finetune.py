@@ -237,19 +237,21 @@ class _FineTuning:
     def _latents(self, batch: LatentBatch, draw: Any) -> Tensor:
         return self.scaled_latents(batch.cached, lambda shape: draw.normal(shape, "posterior")).to(self.device)
 
-    def _on_device(self, cond: Tensors) -> Tensors:
-        return {name: (c.float() if c.is_floating_point() else c).to(self.device) for name, c in cond.items()}
+    def _condition(self, batch: LatentBatch, text: TextSide | None, dropped: Tensor | None = None) -> Tensors:
+        """What the denoiser is told of a batch: as the cache has it, or as `text` reads its captions now."""
+        cond = batch.cond if dropped is None else replaced(batch.cond, dropped, self.null)
+        cond = {name: (c.float() if c.is_floating_point() else c).to(self.device) for name, c in cond.items()}
+        if text is None:
+            return cond
+        with self._autocast():
+            return text.condition(batch.texts, cond, dropped)
 
     def _loss(self, rows: Positions, draw: Draw) -> Tensor:
         """Scalar. Captions are chosen and dropped per sample, at load time, so no cache holds a draw."""
         batch = self.train.reworded(self.train.batch(rows.positions), draw)
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
-        cond = self._on_device(replaced(batch.cond, dropped, self.null))
-        if self.text:
-            with self._autocast():
-                cond = self.text.condition(batch.texts, cond, dropped)
-        latents = self._latents(batch, draw)
+        cond, latents = self._condition(batch, self.text, dropped), self._latents(batch, draw)
         losses = self.objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents))
         return (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
 
@@ -355,11 +357,7 @@ class _FineTuning:
 
         def per_sample(positions: Sequence[int], draw: Any) -> Tensor:
             batch = self.held_out.batch(positions)
-            cond = self._on_device(batch.cond)
-            if text:
-                with self._autocast():
-                    cond = text.condition(batch.texts, cond)
-            latents = self._latents(batch, draw)
+            cond, latents = self._condition(batch, text), self._latents(batch, draw)
             return objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents)).cpu()
 
         losses = validation_losses(per_sample, self.held_out.ids, self.training.validation_times)

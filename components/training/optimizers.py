@@ -15,7 +15,7 @@ from components.config import TrainingConfig
 from components.errors import BadInput
 
 Named = Sequence[tuple[str, nn.Parameter]]
-TOKEN_ROWS = "token_rows"  # how the names of learned tokens' parameters end
+TOKEN_ROWS = "token_embedding.learnt.weight"  # how the names of learned tokens' parameters end
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0, Jordan et al. 2024, "Muon"
 RMS_OF_ADAMW = (

@@ -29,27 +29,25 @@ PULL = 0.1  # the power with which diffusers' trainers pull new rows back after 
 
 
 class Rows(nn.Module):
-    """An embedding whose vocabulary is frozen, with trainable rows for the ids from `first` on."""
+    """An embedding whose vocabulary is frozen, with float32 rows that train for the ids from `first` on.
+
+    The vocabulary comes first among the parameters: pipelines take the first one's precision for the model's.
+    """
 
     def __init__(self, known: nn.Embedding, first: int, rows: Tensor):
         super().__init__()
         self.known, self.first = known, first
-        self.token_rows = nn.Parameter(rows.float().to(known.weight.device))  # (vectors, width)
-
-    @property
-    def weight(self) -> Tensor:
-        """The vocabulary's, which tells device and precision."""
-        return self.known.weight
+        self.learnt = nn.Embedding.from_pretrained(rows.float().to(known.weight.device), freeze=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         known = self.known(ids.clamp(max=self.first - 1))
-        rows = nn.functional.embedding((ids - self.first).clamp(min=0), self.token_rows)
-        return torch.where((ids < self.first).unsqueeze(-1), known, rows.to(known))
+        learnt = self.learnt((ids - self.first).clamp(min=0))
+        return torch.where((ids < self.first).unsqueeze(-1), known, learnt.to(known))
 
     @torch.no_grad()
     def settle(self) -> None:
         """Pull the spread of the rows towards the vocabulary's: rows that grow drown the other words of a prompt."""
-        self.token_rows.mul_((self.weight.float().std() / self.token_rows.std()) ** PULL)
+        self.learnt.weight.mul_((self.known.weight.float().std() / self.learnt.weight.std()) ** PULL)
 
 
 class TextSide:
@@ -80,7 +78,7 @@ class TextSide:
     @property
     def tokens(self) -> list[Token]:
         """The tokens as they are now."""
-        left = {part: rows.token_rows.detach().cpu() for part, rows in self._rows.items()}
+        left = {part: rows.learnt.weight.detach().cpu() for part, rows in self._rows.items()}
         tokens = []
         for name, counts in self._names:
             tokens.append(Token(name, {part: left[part][:count].clone() for part, count in counts.items()}))
@@ -115,8 +113,9 @@ class TextSide:
         """What is done to the parameters after every step."""
         for rows in self._rows.values():
             rows.settle()
-        for model in self.adapted.values() if self._limit is not None else ():
-            limit_norms(model, self._limit)
+        if self._limit is not None:
+            for model in self.adapted.values():
+                limit_norms(model, self._limit)
 
 
 def text_side(
@@ -138,7 +137,8 @@ def text_side(
         clip.model.requires_grad_(False)
         if training.gradient_checkpointing:
             clip.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    adapted = {clip.part: clip.model for clip in prompts.clips if clip.part in parts or training.train_text_encoder}
+    wanted = parts if data else base.architecture.clip_parts if training.train_text_encoder else ()
+    adapted = {clip.part: clip.model for clip in prompts.clips if clip.part in wanted}
     for place, (part, model) in enumerate(adapted.items()):
         if data is not None:
             attach_part(model, part, with_dropout(data, training.lora_dropout))

@@ -404,9 +404,28 @@ def test_the_stock_pipeline_reads_prompts_as_the_trained_text_encoders_do(trial:
     assert max((stock[name] - before[name]).abs().max().item() for name in stock) > 1e-2
 
 
+@CLIP
+def test_text_encoders_in_half_precision_learn_in_float32_and_the_preview_draws_with_them(trial: Trial):
+    """What a GPU does, on the CPU: bfloat16 weights under autocast, and a pipeline that is bfloat16 throughout."""
+    family, base = trial.base.architecture, trial.base
+    training = TrainingConfig.model_validate(trial.training.model_dump() | trial.text_settings)
+    cached = family.load_prompt_encoder(base.path, "cpu").encode(EIGHT)
+    text = text_side(base, training, "cpu", torch.bfloat16, EIGHT)
+    assert text is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        told = text.condition(EIGHT, {name: tensor.clone() for name, tensor in cached.items()})
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in told.values())
+    sum(tensor.square().mean() for tensor in told.values()).backward()
+    grads = [parameter.grad for _, parameter in text.parameters if parameter.grad is not None]
+    assert grads and all(grad.dtype == torch.float32 for grad in grads)
+    denoiser = family.load_denoiser(base.path, "cpu", torch.bfloat16)
+    pipeline = family.load_pipeline(base.path, "cpu", torch.bfloat16, denoiser, **text.pipeline_parts)
+    assert torch.isfinite(trial.ask(pipeline, PROMPTS[:1])).all()
+
+
 @pytest.mark.parametrize("trial", ["sd1", "sdxl"], indirect=True)
 def test_a_kohya_file_of_another_program_brings_its_text_encoders_and_embeddings(trial: Trial, tmp_path: Path):
-    """With each layer's own rank and alpha; the stock pipeline reads prompts with the base's weights plus the update."""
+    """With each layer's own rank and alpha: prompts are read with the base's weights plus the update."""
     base, bones, clips = trial.base, skeleton_of(trial.base), trial.base.architecture.clip_parts
     names = {part: f"lora_te{place if len(clips) > 1 else ''}_text_model_encoder_layers_" for place, part in
              enumerate(clips, 1)}  # fmt: skip

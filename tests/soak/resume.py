@@ -225,6 +225,7 @@ def warm(folder: Path) -> None:
 
     base = resolve_base(BaseModelConfig(model=str(folder / "base")))
     add_adapter(base.architecture.load_denoiser(base.path, "cpu"), base.architecture, TrainingConfig())
+    base.architecture.load_clip_prompts(base.path, "cpu", torch.float32)
 
 
 def main() -> None:

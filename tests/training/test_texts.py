@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageChops
 from safetensors.torch import load, load_file
 from torch import Tensor
@@ -106,7 +107,7 @@ def test_a_step_moves_what_is_asked_for_and_no_bit_of_anything_else(
         text.settle()
     moved = {name for name, value in encoder(text).named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name.removeprefix("text_encoder.") for name, _ in text.parameters}
-    assert {"rows" if name.endswith("token_rows") else "LoRA" for name in moved} == kinds
+    assert {"rows" if name.endswith("learnt.weight") else "LoRA" for name in moved} == kinds
 
 
 def test_the_token_stands_for_its_vectors_and_the_vocabularys_own_rows_are_read_unchanged(chain: Chain):
@@ -129,7 +130,7 @@ def test_the_token_stands_for_its_vectors_and_the_vocabularys_own_rows_are_read_
 def test_without_an_initializer_the_first_rows_are_noise_of_the_vocabularys_spread(chain: Chain):
     tokens = [side(chain, placeholder_token="sign", num_vectors=60, seed=seed).tokens[0] for seed in (1, 1, 2)]
     rows = [token.vectors["text_encoder"] for token in tokens]
-    spread = encoder(side(chain, **TOKEN)).get_input_embeddings().weight.std()
+    spread = encoder(side(chain, **TOKEN)).get_input_embeddings().known.weight.std()
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
     assert rows[0].std() / spread == pytest.approx(1, abs=0.1)
 
@@ -138,13 +139,24 @@ def test_the_spread_of_new_rows_is_pulled_to_that_of_the_vocabulary(chain: Chain
     text = side(chain, **TOKEN)
     rows = encoder(text).get_input_embeddings()
     with torch.no_grad():
-        rows.token_rows.mul_(10)
-    before, spread = rows.token_rows.detach().clone(), rows.weight.std()
+        rows.learnt.weight.mul_(10)
+    before, spread = rows.learnt.weight.detach().clone(), rows.known.weight.std()
     text.settle()
-    assert torch.allclose(rows.token_rows, before * (spread / before.std()) ** PULL)
+    assert torch.allclose(rows.learnt.weight, before * (spread / before.std()) ** PULL)
     for _ in range(100):
         text.settle()
-    assert (rows.token_rows.std() / spread).item() == pytest.approx(1, rel=1e-3)
+    assert (rows.learnt.weight.std() / spread).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_a_limit_on_norms_holds_for_the_text_encoders_too(chain: Chain):
+    text = side(chain, train_text_encoder=True, scale_weight_norms=0.5)
+    with torch.no_grad():
+        for _, parameter in text.parameters:
+            parameter.add_(1.0)
+    text.settle()
+    layers = [layer for layer in encoder(text).modules() if isinstance(layer, BaseTunerLayer)]
+    norms = [layer.get_delta_weight("default").norm().item() for layer in layers]  # type: ignore[operator]
+    assert norms == pytest.approx([0.5] * 12)
 
 
 def test_dropped_captions_are_the_empty_prompt_as_it_is_read_now(chain: Chain):
@@ -178,7 +190,7 @@ def test_each_kind_of_parameter_has_its_learning_rate_and_rows_do_not_decay(chai
         names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
     }
     for name, rates in found.items():
-        expected = (5e-2, 0.0) if name.endswith("token_rows") else (8e-3 if "lora_B" in name else 2e-3, 0.01)
+        expected = (5e-2, 0.0) if name.endswith("learnt.weight") else (8e-3 if "lora_B" in name else 2e-3, 0.01)
         assert rates == pytest.approx(expected), name
 
 
