@@ -85,6 +85,9 @@ Preset = Literal["attention", "attention-mlp", "all-linear", "all"]
 FACTORED = ("lora", "rslora", "dora")  # adapters whose update is s B A with B = 0 at the start
 WITH_RANKS = (*FACTORED, "pissa", "loha", "lokr")
 TAG_SETTINGS = ("caption_wordings", "caption_separator", "keep_tokens", "caption_tag_dropout_rate")
+TEXT_SETTINGS = ("train_text_encoder", "text_encoder_lr", "placeholder_token", "initializer_token", "num_vectors",
+                 "token_learning_rate")  # fmt: skip
+BY_GROUP = ("adamw", "adamw8bit", "adamwschedulefree", "adafactor", "lion")  # a learning rate for each of its groups
 FROM_THE_FILE = ("adapter", "rank", "lora_alpha", "rank_pattern", "alpha_pattern", "targets")  # of init_adapter
 
 
@@ -109,6 +112,25 @@ class TrainingConfig(Config):
     targets: Preset | tuple[str, ...] = Field(
         default="attention-mlp",
         description="Layers that take an adapter, a preset (all: convolutions too) or a list of their names' ends.",
+    )
+    train_text_encoder: bool = Field(
+        default=False,
+        description="A LoRA on the CLIP text encoders too, of the same kind and rank; prompts are then encoded live.",
+    )
+    text_encoder_lr: float | None = Field(
+        default=None, gt=0, description="Their peak learning rate; none: learning_rate."
+    )
+    placeholder_token: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A token of its own in the captions, such as '<icon>', whose embedding is learnt with the adapter.",
+    )
+    initializer_token: str | None = Field(
+        default=None, min_length=1, description="The word whose embedding it starts from; none: noise."
+    )
+    num_vectors: int = Field(default=1, ge=1, description="Embedding vectors that it stands for.")
+    token_learning_rate: float | None = Field(
+        default=None, gt=0, description="Their peak learning rate; none: learning_rate."
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     loraplus_lr_ratio: float = Field(
@@ -234,6 +256,14 @@ class TrainingConfig(Config):
             raise ValueError("an empty list, expected at least one end of a layer's name, such as 'to_q'")
         return targets
 
+    @field_validator("placeholder_token")
+    @classmethod
+    def _a_word_of_its_own(cls, token: str | None) -> str | None:
+        """CLIP's tokenizer reads lower case, and a file's keys end the name at a full stop."""
+        if token is not None and (token != token.lower() or re.search(r"[\s.]", token)):
+            raise ValueError("expected one word in lower case, without full stops, such as '<icon>'")
+        return token
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _patterns_are_regular_expressions(cls, pattern: dict[str, Any]) -> dict[str, Any]:
@@ -270,6 +300,9 @@ class TrainingConfig(Config):
             "loraplus_lr_ratio": ("adamw", "adamw8bit", "adamwschedulefree", "adafactor", "lion"),
             "ema_decay": UNAVERAGED,
             "scale_weight_norms": UNAVERAGED,
+            "placeholder_token": UNAVERAGED,
+            "text_encoder_lr": BY_GROUP,
+            "token_learning_rate": BY_GROUP,
         }
         for key, fitting in needs.items():
             value = getattr(self, key)
@@ -305,6 +338,8 @@ class TrainingConfig(Config):
             "rank_pattern": ("adapter", WITH_RANKS),
             "alpha_pattern": ("adapter", WITH_RANKS),
             "loraplus_lr_ratio": ("adapter", FACTORED),
+            "train_text_encoder": ("adapter", FACTORED),
+            "text_encoder_lr": ("train_text_encoder", (True,)),
             "scale_weight_norms": ("adapter", FACTORED[:2]),
             **dict.fromkeys(TAG_SETTINGS, ("shuffle_caption", (True,))),
             "unmasked_weight": ("masked_loss", (True,)),
@@ -324,6 +359,11 @@ class TrainingConfig(Config):
         for key in ("num_class_images", "prior_loss_weight"):
             if self.class_prompt is None and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is {getattr(self, key)}, but class_prompt is not set, expected a prompt")
+        for key in ("initializer_token", "num_vectors", "token_learning_rate"):
+            if self.placeholder_token is None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, but placeholder_token is not set, expected one such as '<icon>'"
+                )
         if self.loss_weighting == "min_snr" and self.snr_gamma is None:
             raise ValueError("loss_weighting is 'min_snr', but snr_gamma is not set, expected a number such as 5.0")
         if self.stratified_timesteps and self.train_batch_size == 1:
@@ -436,7 +476,7 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None 
 
 def looking_at(recipe: Recipe, adapter: Path) -> Recipe:
     """The recipe that evaluates an adapter file as it is, instead of training one."""
-    given = recipe.training.model_dump(mode="json", exclude={*FROM_THE_FILE, "lr_warmup_steps"})
+    given = recipe.training.model_dump(mode="json", exclude={*FROM_THE_FILE, *TEXT_SETTINGS, "lr_warmup_steps"})
     training = {**given, "init_adapter": str(adapter.resolve()), "max_train_steps": 0}
     return recipe.model_copy(update={"training": TrainingConfig.model_validate(training)})
 

@@ -32,6 +32,11 @@ class Workspace:
         return self.home / "exports"
 
     @property
+    def bases(self) -> Path:
+        """Bases whose vocabulary has the tokens of a registered adapter."""
+        return self.home / "bases"
+
+    @property
     def logs(self) -> Path:
         return self.home / "logs"
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from components.catalog.models import ModelVersion
-from components.config import Recipe
+from components.config import TEXT_SETTINGS, Recipe
 from components.families.bases import BaseModel, resolve_base
 from components.latents.keys import cache_key, training_size
 from components.latents.wording import Wording
@@ -12,13 +12,14 @@ from components.storage import sha256_of
 
 
 def fine_tune_key(recipe: Recipe, base: BaseModel, snapshot: str) -> str:
-    """An adapter to go on from counts by its bytes, not by its path."""
+    """An adapter to go on from counts by its bytes, not by its path; settings of text encoders where they train."""
     size, initial = training_size(base, recipe.training), recipe.training.init_adapter
+    unused = () if recipe.training.train_text_encoder or recipe.training.placeholder_token else TEXT_SETTINGS
     return stage_key(
         "fine-tune",
         inputs={"cache": cache_key(snapshot, base, size, Wording.of(recipe.training)), "base": base.digest}
         | ({"init_adapter": sha256_of(Path(initial))} if initial else {}),
-        config=recipe.training.model_dump(mode="json", exclude={"init_adapter"}),
+        config=recipe.training.model_dump(mode="json", exclude={"init_adapter", *unused}),
     )
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from components.families.text import ClipPrompts
+
     Tensors = dict[str, Tensor]
     Normal = Callable[[Sequence[int]], Tensor]  # shape (B, ...) -> standard normal numbers
 
@@ -85,6 +87,7 @@ class Family(ABC):
     optional_parts: tuple[str, ...] = ()  # and those that model_index.json may say it goes without
     pixel_parts: tuple[str, ...] = ("vae",)  # of these, what latents depend on
     prompt_parts: tuple[str, ...]  # what prompt embeddings depend on
+    clip_parts: tuple[str, ...] = ()  # text encoders that can be trained with the denoiser
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of frozen weights on a GPU and of cached embeddings
     targets: Mapping[str, tuple[str, ...]]  # preset -> patterns of the ends of layers' names
 
@@ -104,6 +107,10 @@ class Family(ABC):
 
         `cond` is what `load_prompt_encoder` and `sample_condition` give, batched.
         """
+
+    def load_clip_prompts(self, base: Path, device: str, dtype: "torch.dtype") -> "ClipPrompts":
+        """The encoders of `clip_parts`, whose embeddings of prompts are tensor for tensor those that are cached."""
+        raise NotImplementedError(f"{self.name} has no text encoders that can be trained")
 
     def refusal(self, index: Mapping[str, Any]) -> str:
         """Why a base with this model_index.json cannot be trained though its class can, or ''."""
@@ -151,15 +158,15 @@ class Family(ABC):
         ).to(device)
 
     def load_pipeline(
-        self, base: Path, device: str, dtype: "torch.dtype", denoiser: "nn.Module | None" = None
+        self, base: Path, device: str, dtype: "torch.dtype", denoiser: "nn.Module | None" = None, **parts: Any
     ) -> Any:
-        """The stock pipeline; with `denoiser` in the place of the base's own, which is then not loaded."""
+        """The stock pipeline; with `denoiser` and `parts` in the place of the base's own, which are not loaded then."""
         import diffusers
 
         cls: Any = getattr(diffusers, self.pipeline)
         index = read_config(base, ".", "model_index.json")
         given: dict[str, Any] = {part: None for part in self.optional_parts if not has_part(index, part)}
-        given |= {} if denoiser is None else {self.denoiser_part: denoiser}
+        given |= parts if denoiser is None else parts | {self.denoiser_part: denoiser}
         pipeline = cls.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **given).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -184,17 +191,19 @@ class Family(ABC):
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and wanted.fullmatch(name)
         ]
 
-    def adapter_file(self, denoiser: "nn.Module", adapter_name: str) -> "tuple[Tensors, dict[str, Any]]":
+    def adapter_file(self, model: Any, adapter_name: str, part: str | None = None) -> "tuple[Tensors, dict[str, Any]]":
         """The adapter's tensors and its metadata under the names that `load_lora_weights` reads.
+
+        `part` is what the pipeline calls the model, by default the denoiser.
 
         PEFT's names (`lora_A`, `lora_B`) throughout: diffusers' converter to the older ones renames attention layers
         only, and its loader, which takes the first key's kind for that of all, then drops the others in silence.
         """
         from peft.utils import get_peft_model_state_dict
 
-        layers = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
-        config = denoiser.peft_config[adapter_name].to_dict()  # type: ignore[index, union-attr]
-        prefix = self.denoiser_part
+        layers = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        config = model.peft_config[adapter_name].to_dict() | {"base_model_name_or_path": None}  # which may be a path
+        prefix = part or self.denoiser_part
         return (
             {f"{prefix}.{name}": tensor.detach().cpu().contiguous() for name, tensor in layers.items()},
             {f"{prefix}.{name}": value for name, value in config.items()},

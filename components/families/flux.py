@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.families.family import MULTISTEP, Family, Geometry, read_config
 from components.families.joint_attention import ATTENTION, BLOCKS, EVERYTHING, FEED_FORWARD
-from components.families.text import TextModel
+from components.families.text import ClipPromptEncoder, ClipPrompts, TextModel
 
 if TYPE_CHECKING:
     import torch
@@ -28,16 +28,13 @@ TARGETS = {
 }
 
 
-class FluxPromptEncoder:
+class PooledClip(ClipPrompts):
     """`prompt_embeds` (B, T, D), the states of T5, and `pooled_prompt_embeds` (B, P) of CLIP."""
 
-    def __init__(self, clip: TextModel, t5: TextModel, tokens: int):
-        self._clip, self._t5, self._tokens = clip, t5, tokens
-
-    def encode(self, prompts: Sequence[str]) -> "Tensors":
+    def condition(self, prompts: Sequence[str], others: "Tensors") -> "Tensors":
         return {
-            "prompt_embeds": self._t5(prompts, self._tokens)[0].cpu(),
-            "pooled_prompt_embeds": self._clip(prompts).pooler_output.cpu(),
+            "prompt_embeds": others["prompt_embeds"],
+            "pooled_prompt_embeds": self.clips[0](prompts).pooler_output,
         }
 
 
@@ -49,6 +46,7 @@ class Flux(Family):
     denoiser = "FluxTransformer2DModel"
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
     prompt_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    clip_parts = ("text_encoder",)
     targets = TARGETS
 
     def geometry(self, base: Path) -> Geometry:
@@ -62,13 +60,15 @@ class Flux(Family):
     def prompt_settings(self, base: Path) -> dict[str, Any]:
         return {"max_sequence_length": T5_TOKENS[_guided(base)]}
 
-    def load_prompt_encoder(self, base: Path, device: str) -> FluxPromptEncoder:
-        dtype = self.dtype(device)
-        return FluxPromptEncoder(
-            TextModel(base, 1, "CLIPTokenizer", "CLIPTextModel", device, dtype),
-            TextModel(base, 2, "T5Tokenizer", "T5EncoderModel", device, dtype),
-            T5_TOKENS[_guided(base)],
+    def load_prompt_encoder(self, base: Path, device: str) -> ClipPromptEncoder:
+        dtype, tokens = self.dtype(device), T5_TOKENS[_guided(base)]
+        t5 = TextModel(base, 2, "T5Tokenizer", "T5EncoderModel", device, dtype)
+        return ClipPromptEncoder(
+            self.load_clip_prompts(base, device, dtype), lambda prompts: {"prompt_embeds": t5(prompts, tokens)[0]}
         )
+
+    def load_clip_prompts(self, base: Path, device: str, dtype: "torch.dtype") -> ClipPrompts:
+        return PooledClip(TextModel(base, 1, "CLIPTokenizer", "CLIPTextModel", device, dtype))
 
     def denoise(self, denoiser: "nn.Module", x_t: "Tensor", timestep: "Tensor", cond: "Tensors") -> "Tensor":
         """x_t (B, C, h, w), timestep (B,) in [0, 1000], cond as above, batched -> velocity (B, C, h, w)."""

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.families.family import Family, Geometry, read_config
-from components.families.text import TextModel
+from components.families.text import ClipPromptEncoder, ClipPrompts, TextModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from components.families.family import Tensors
@@ -26,14 +27,11 @@ TARGETS = {
 SD2_WIDTH = 1024  # of the text encoder of 2.x; 1.x has 768
 
 
-class ClipPromptEncoder:
+class OneClip(ClipPrompts):
     """One CLIP text encoder: `prompt_embeds` (B, L, D), the last hidden state that the stock pipeline passes on."""
 
-    def __init__(self, clip: TextModel):
-        self._clip = clip
-
-    def encode(self, prompts: Sequence[str]) -> "Tensors":
-        return {"prompt_embeds": self._clip(prompts)[0].cpu()}
+    def condition(self, prompts: Sequence[str], others: "Tensors") -> "Tensors":
+        return {"prompt_embeds": self.clips[0](prompts)[0]}
 
 
 class StableDiffusion(Family):
@@ -45,6 +43,7 @@ class StableDiffusion(Family):
     denoiser_part = "unet"
     parts = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
     prompt_parts = ("text_encoder", "tokenizer")
+    clip_parts = ("text_encoder",)
     precision = "float32"
     targets = TARGETS
 
@@ -65,7 +64,10 @@ class StableDiffusion(Family):
         return "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
 
     def load_prompt_encoder(self, base: Path, device: str) -> ClipPromptEncoder:
-        return ClipPromptEncoder(TextModel(base, 1, "CLIPTokenizer", "CLIPTextModel", device, self.dtype(device)))
+        return ClipPromptEncoder(self.load_clip_prompts(base, device, self.dtype(device)))
+
+    def load_clip_prompts(self, base: Path, device: str, dtype: "torch.dtype") -> ClipPrompts:
+        return OneClip(TextModel(base, 1, "CLIPTokenizer", "CLIPTextModel", device, dtype))
 
     def denoise(self, denoiser: "nn.Module", x_t: "Tensor", timestep: "Tensor", cond: "Tensors") -> "Tensor":
         """x_t (B, C, h, w), timestep (B,), cond["prompt_embeds"] (B, L, D) -> (B, C, h, w)."""

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from components.families.family import Family, Geometry, has_part, read_config
 from components.families.joint_attention import ATTENTION, BLOCKS, EVERYTHING, FEED_FORWARD
-from components.families.text import TextModel
+from components.families.text import ClipPromptEncoder, ClipPrompts, TextModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from components.families.family import Tensors
@@ -23,29 +24,23 @@ TARGETS = {
 }
 
 
-class ThreePromptEncoder:
-    """`prompt_embeds` (B, L + T, D): CLIP's penultimate states padded to T5's width, then T5's; both pooled ones.
+class TwoClipsAndT5(ClipPrompts):
+    """`prompt_embeds` (B, L + T, D): CLIP's penultimate states padded to T5's width, then T5's; both pooled ones."""
 
-    Without T5 its T places are zeros, as the stock pipeline has them.
-    """
+    def __init__(self, *clips: TextModel, t5_tokens: int):
+        super().__init__(*clips)
+        self._t5_tokens = t5_tokens
 
-    def __init__(self, clips: tuple[TextModel, TextModel], t5: TextModel | None, settings: dict[str, Any]):
-        self._clips, self._t5 = clips, t5
-        self._tokens, self._width = settings["max_sequence_length"], settings["width"]
-
-    def encode(self, prompts: Sequence[str]) -> "Tensors":
+    def condition(self, prompts: Sequence[str], others: "Tensors") -> "Tensors":
         import torch
 
-        length = self._clips[0].tokenizer.model_max_length
-        clips = [clip(prompts, length, output_hidden_states=True) for clip in self._clips]
+        t5 = others["prompt_embeds"][:, -self._t5_tokens :]
+        length = self.clips[0].tokenizer.model_max_length
+        clips = [clip(prompts, length, output_hidden_states=True) for clip in self.clips]
         states = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
-        if self._t5 is None:
-            t5 = states.new_zeros(len(prompts), self._tokens, self._width)
-        else:
-            t5 = self._t5(prompts, self._tokens)[0]
         padded = torch.nn.functional.pad(states, (0, t5.shape[-1] - states.shape[-1]))
         pooled = torch.cat([clip.text_embeds for clip in clips], dim=-1)
-        return {"prompt_embeds": torch.cat([padded, t5], dim=-2).cpu(), "pooled_prompt_embeds": pooled.cpu()}
+        return {"prompt_embeds": torch.cat([padded, t5], dim=-2), "pooled_prompt_embeds": pooled}
 
 
 class StableDiffusion3(Family):
@@ -57,6 +52,7 @@ class StableDiffusion3(Family):
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
     optional_parts = T5
     prompt_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *T5)
+    clip_parts = ("text_encoder", "text_encoder_2")
     targets = TARGETS
 
     def geometry(self, base: Path) -> Geometry:
@@ -77,14 +73,27 @@ class StableDiffusion3(Family):
         width = read_config(base, "transformer")["joint_attention_dim"]
         return {"max_sequence_length": T5_TOKENS, "width": width}
 
-    def load_prompt_encoder(self, base: Path, device: str) -> ThreePromptEncoder:
-        dtype = self.dtype(device)
+    def load_prompt_encoder(self, base: Path, device: str) -> ClipPromptEncoder:
+        """Without T5 its places are zeros, as the stock pipeline has them."""
+        import torch
+
+        dtype, settings = self.dtype(device), self.prompt_settings(base)
+        tokens, width = settings["max_sequence_length"], settings["width"]
+        with_t5 = has_part(read_config(base, ".", "model_index.json"), "text_encoder_3")
+        t5 = TextModel(base, 3, "T5Tokenizer", "T5EncoderModel", device, dtype) if with_t5 else None
+
+        def states(prompts: Sequence[str]) -> "Tensors":
+            if t5 is None:
+                return {"prompt_embeds": torch.zeros(len(prompts), tokens, width, dtype=dtype, device=device)}
+            return {"prompt_embeds": t5(prompts, tokens)[0]}
+
+        return ClipPromptEncoder(self.load_clip_prompts(base, device, dtype), states)
+
+    def load_clip_prompts(self, base: Path, device: str, dtype: "torch.dtype") -> ClipPrompts:
         first, second = (
             TextModel(base, place, "CLIPTokenizer", "CLIPTextModelWithProjection", device, dtype) for place in (1, 2)
         )
-        with_t5 = has_part(read_config(base, ".", "model_index.json"), "text_encoder_3")
-        t5 = TextModel(base, 3, "T5Tokenizer", "T5EncoderModel", device, dtype) if with_t5 else None
-        return ThreePromptEncoder((first, second), t5, self.prompt_settings(base))
+        return TwoClipsAndT5(first, second, t5_tokens=T5_TOKENS)
 
     def denoise(self, denoiser: "nn.Module", x_t: "Tensor", timestep: "Tensor", cond: "Tensors") -> "Tensor":
         """x_t (B, C, h, w), timestep (B,), cond as above, batched -> velocity (B, C, h, w)."""

@@ -6,27 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from components.families.family import Framing, has_part, read_config
 from components.families.stable_diffusion import StableDiffusion
-from components.families.text import TextModel
+from components.families.text import ClipPrompts, TextModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from components.families.family import Tensors
 
 
-class TwoClipPromptEncoder:
+class TwoClips(ClipPrompts):
     """`prompt_embeds` (B, L, D1 + D2), both encoders' penultimate states, and the second's `pooled_prompt_embeds`."""
 
-    def __init__(self, first: TextModel, second: TextModel):
-        self._first, self._second = first, second
-
-    def encode(self, prompts: Sequence[str]) -> "Tensors":
+    def condition(self, prompts: Sequence[str], others: "Tensors") -> "Tensors":
         import torch
 
-        first = self._first(prompts, output_hidden_states=True)
-        second = self._second(prompts, output_hidden_states=True)
+        first, second = (clip(prompts, output_hidden_states=True) for clip in self.clips)
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return {"prompt_embeds": states.cpu(), "pooled_prompt_embeds": second.text_embeds.cpu()}
+        return {"prompt_embeds": states, "pooled_prompt_embeds": second.text_embeds}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -39,6 +36,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline = "StableDiffusionXLPipeline"
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
     prompt_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    clip_parts = ("text_encoder", "text_encoder_2")
     precision = "bfloat16"
 
     def refusal(self, index: Mapping[str, Any]) -> str:
@@ -49,9 +47,8 @@ class StableDiffusionXL(StableDiffusion):
     def modelspec(self, base: Path) -> str:
         return "stable-diffusion-xl-v1-base"
 
-    def load_prompt_encoder(self, base: Path, device: str) -> TwoClipPromptEncoder:
-        dtype = self.dtype(device)
-        return TwoClipPromptEncoder(
+    def load_clip_prompts(self, base: Path, device: str, dtype: "torch.dtype") -> ClipPrompts:
+        return TwoClips(
             TextModel(base, 1, "CLIPTokenizer", "CLIPTextModel", device, dtype),
             TextModel(base, 2, "CLIPTokenizer", "CLIPTextModelWithProjection", device, dtype),
         )

@@ -18,6 +18,7 @@ from components.layouts.files import read_adapter
 from components.layouts.layers import Kind, Layer, row_norms, split, swap_halves
 from components.layouts.names import Layout, Original
 from components.layouts.skeleton import Skeleton
+from components.layouts.tokens import Token, require_widths, unbundled
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 DIFFUSERS_MODULE = re.compile(rf"^(?P<part>{'|'.join(PARTS)})\.(?P<path>[A-Za-z0-9_.-]+)$")
@@ -57,10 +58,12 @@ MARKS: tuple[tuple[str, str], ...] = (  # what betrays an architecture, tried in
 )
 
 
-def import_layers(path: Path, skeleton: Skeleton) -> list[Layer]:
-    """The layers of an adapter file of any layout, for the base that `skeleton` describes. Raises BadInput."""
+def import_adapter(path: Path, skeleton: Skeleton) -> tuple[list[Layer], tuple[Token, ...]]:
+    """The layers and learned tokens of an adapter file of any layout, for the base of `skeleton`. Raises BadInput."""
     tensors, metadata = read_adapter(path)
-    return layers_of(tensors, metadata, skeleton, str(path))
+    rest, tokens = unbundled(tensors, skeleton.pipeline, str(path))
+    require_widths(tokens, skeleton, str(path))
+    return layers_of(rest, metadata, skeleton, str(path)), tokens
 
 
 def layers_of(
@@ -235,10 +238,7 @@ def _grouped(tensors: Mapping[str, Tensor], origin: str) -> dict[str, tuple[Kind
 
 def _fitting(layer: Layer, skeleton: Skeleton, keys: Iterable[str], origin: str) -> Layer:
     """The layer under the base's own path and in its shape. Raises BadInput when the base has no such layer."""
-    shapes = skeleton.shapes.get(layer.part, {})
-    path = layer.path
-    if path not in shapes and layer.part.startswith("text_encoder"):
-        path = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
+    shapes, path = skeleton.shapes.get(layer.part, {}), skeleton.own_path(layer.part, layer.path)
     if path not in shapes:
         raise BadInput(_not_of_this_base(layer.name, keys, skeleton, origin))
     _require_fit(layer, shapes[path], keys, skeleton, origin)

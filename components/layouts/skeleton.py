@@ -36,19 +36,25 @@ class Skeleton:
         widths = {shape[1] for path, shape in unet.items() if path.endswith("attn2.to_k")}
         return self.pipeline == "StableDiffusionPipeline" and widths == {SD2_WIDTH}
 
+    def own_path(self, part: str, path: str) -> str:
+        """A layer's path as this base has it: the `text_model` around CLIP comes and goes with transformers."""
+        other = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
+        shapes = self.shapes.get(part, {})
+        return other if path not in shapes and other in shapes else path
+
     def kohya_module(self, part: str, path: str) -> str:
         """What kohya's files call a layer of a text encoder."""
-        return f"{self.architecture.encoders[part].kohya}_{_encoder_module(path).replace('.', '_')}"
+        return f"{self.architecture.encoders[part].kohya}_{encoder_module(path).replace('.', '_')}"
 
     def comfyui_module(self, part: str, path: str) -> str:
         """What ComfyUI calls it; OpenCLIP, the encoder of Stable Diffusion 2.x, has another place there."""
         encoder = self.architecture.encoders[part].comfyui
         return (
-            f"text_encoders.{encoder.replace('clip_l', 'clip_h') if self.is_sd2 else encoder}.{_encoder_module(path)}"
+            f"text_encoders.{encoder.replace('clip_l', 'clip_h') if self.is_sd2 else encoder}.{encoder_module(path)}"
         )
 
 
-def _encoder_module(path: str) -> str:
+def encoder_module(path: str) -> str:
     """Other programs' CLIP has a text_model around its encoder, which transformers has dropped; T5 has none."""
     return path if path.startswith(("text_model.", "encoder.block.", "text_projection")) else f"text_model.{path}"
 

@@ -18,6 +18,8 @@ from components.errors import BadInput
 from components.families.bases import BaseModel
 from components.layouts.layers import Layer, lora
 from components.layouts.skeleton import Skeleton
+from components.layouts.tokens import Token
+from components.layouts.vocabulary import teach
 from components.storage import atomic_write
 from components.tensors import to_safetensors
 
@@ -109,8 +111,9 @@ def _fitted(layers: list[Layer], squares: dict[str, tuple[float, float]]) -> Fit
     return Fitted(layers, {name: ratio(*pair) for name, pair in squares.items()}, ratio(lost, whole))
 
 
-def merge(base: BaseModel, layers: Sequence[Layer], destination: Path) -> Path:
-    """Write the base as a pipeline folder with the adapter in its weights, each in the precision it was stored in.
+def merge(base: BaseModel, layers: Sequence[Layer], destination: Path, tokens: Sequence[Token] = ()) -> Path:
+    """Write the base as a pipeline folder with the adapter in its weights, each in the precision it was stored in, and
+    learned tokens in its vocabulary.
 
     Raises BadInput when the destination exists, or a merged weight is not finite in that precision.
     """
@@ -123,6 +126,7 @@ def merge(base: BaseModel, layers: Sequence[Layer], destination: Path) -> Path:
         updates = {f"{layer.path}.weight": layer for layer in layers if layer.part == part}
         for file in sorted((partial / part).glob("*.safetensors")):
             _rewrite(file, updates)
+    teach(partial, tokens)
     partial.rename(destination)
     return destination
 

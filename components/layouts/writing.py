@@ -11,9 +11,10 @@ from torch import Tensor
 from components.errors import BadInput
 from components.layouts.layers import KINDS, Kind, Layer, fuse, row_norms, rows, spelled_out, swap_halves
 from components.layouts.names import Layout, Shapes, Table
-from components.layouts.skeleton import Skeleton
+from components.layouts.skeleton import Skeleton, encoder_module
 
 Tensors = dict[str, Tensor]
+MAGNITUDE_OF_TEXT = "lora_magnitude_vector.weight"  # as the loader of transformers has it, which knows no other name
 PREFIXES: dict[Kind, str] = {"loha": "hada_", "lokr": "lokr_"}  # of the factors in LyCORIS' names
 
 
@@ -41,14 +42,23 @@ def diffusers_tensors(layers: Sequence[Layer]) -> Tensors:
                 f"diffusers' load_lora_weights reads no {KINDS[layer.kind]}; export the kohya layout, or "
                 "merge the adapter into the base"
             )
-        tensors[f"{layer.name}.{down}.weight"] = layer.weights["down"]
-        tensors[f"{layer.name}.{up}.weight"] = layer.weights["up"]
+        name = stored_name(layer)
+        tensors[f"{name}.{down}.weight"] = layer.weights["down"]
+        tensors[f"{name}.{up}.weight"] = layer.weights["up"]
         if layer.magnitude is not None:
             shaped = rows(layer.magnitude, layer.weights["up"])  # PEFT: (out,) of a linear layer, (1, out, 1, 1)
-            tensors[f"{layer.name}.lora_magnitude_vector"] = (
-                shaped.transpose(0, 1) if shaped.dim() == 4 else shaped.flatten()
-            )
+            leaf = MAGNITUDE_OF_TEXT if _of_text(layer.part) else "lora_magnitude_vector"
+            tensors[f"{name}.{leaf}"] = shaped.transpose(0, 1) if shaped.dim() == 4 else shaped.flatten()
     return tensors
+
+
+def stored_name(layer: Layer) -> str:
+    """A layer's name in the diffusers layout; of a CLIP text encoder with the `text_model` that loaders may drop."""
+    return f"{layer.part}.{encoder_module(layer.path)}" if _of_text(layer.part) else layer.name
+
+
+def _of_text(part: str) -> bool:
+    return part.startswith("text_encoder")
 
 
 def kohya_tensors(layers: Sequence[Layer], skeleton: Skeleton) -> Tensors:
@@ -93,7 +103,7 @@ def comfyui_tensors(layers: Sequence[Layer], skeleton: Skeleton) -> Tensors:
 def _dora_for_comfyui(layer: Layer, skeleton: Skeleton) -> Layer:
     if layer.magnitude is None:
         return layer
-    weight = skeleton.weight(layer.part, layer.path).float()
+    weight = skeleton.weight(layer.part, skeleton.own_path(layer.part, layer.path)).float()
     summed = weight + layer.delta().float().reshape(weight.shape)
     return replace(layer, magnitude=layer.magnitude.float() * row_norms(weight) / row_norms(summed))
 
@@ -156,8 +166,10 @@ def stored_tensors(layers: Sequence[Layer], skeleton: Skeleton) -> tuple[Tensors
         kinds = {(layer.kind, _is_dora(layer)) for layer in members}
         if len(kinds) > 1 or not kinds <= {("lora", False), ("lora", True), ("loha", False)}:
             members = [spelled_out(layer, skeleton.weight(part, layer.path)) for layer in members]
-        alphas = {layer.path: layer.scale * (layer.rank or 1) for layer in members}
-        ranks = {layer.path: layer.rank or 1 for layer in members}
+        paths = {layer.path: layer.path.removeprefix("text_model.") for layer in members}  # what every CLIP ends with
+        alphas = {paths[layer.path]: layer.scale * (layer.rank or 1) for layer in members}
+        ranks = {paths[layer.path]: layer.rank or 1 for layer in members}
+        start = "" if _of_text(part) else "^"
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         plain = members[0].kind == "lora"
         peft = {
@@ -165,8 +177,8 @@ def stored_tensors(layers: Sequence[Layer], skeleton: Skeleton) -> tuple[Tensors
             "r": rank,
             "lora_alpha" if plain else "alpha": alpha,
             "target_modules": sorted(ranks),
-            "rank_pattern": {f"^{path}": value for path, value in ranks.items() if value != rank},
-            "alpha_pattern": {f"^{path}": value for path, value in alphas.items() if value != alpha},
+            "rank_pattern": {f"{start}{path}": value for path, value in ranks.items() if value != rank},
+            "alpha_pattern": {f"{start}{path}": value for path, value in alphas.items() if value != alpha},
         }
         if plain:
             peft["use_dora"] = _is_dora(members[0])
@@ -176,7 +188,7 @@ def stored_tensors(layers: Sequence[Layer], skeleton: Skeleton) -> tuple[Tensors
             }
         else:
             peft["use_effective_conv2d"] = any("t1" in layer.weights for layer in members)
-            tensors |= {f"{layer.name}.hada_{k}": v for layer in members for k, v in layer.weights.items()}
+            tensors |= {f"{stored_name(layer)}.hada_{k}": v for layer in members for k, v in layer.weights.items()}
         settings |= {f"{part}.{name}": value for name, value in peft.items()}
     return tensors, settings
 

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from components.config import TrainingConfig
 from components.errors import BadInput
 from components.families.family import Family
+from components.layouts.skeleton import encoder_module
+from components.layouts.tokens import Token, bundled, unbundled
+from components.layouts.writing import MAGNITUDE_OF_TEXT
 from components.tensors import to_safetensors
 
 ADAPTER_NAME = "default"
@@ -185,11 +188,21 @@ def _require_fitting(denoiser: nn.Module, targets: list[str], training: Training
 # files ------------------------------------------------------------------------------------------------------------
 
 
-def adapter_bytes(denoiser: nn.Module, family: Family) -> bytes:
-    """The adapter as a safetensors file: float32, with PEFT's configuration in `lora_adapter_metadata`."""
+def adapter_bytes(
+    denoiser: nn.Module, family: Family, texts: Mapping[str, nn.Module] = {}, tokens: Sequence[Token] = ()
+) -> bytes:
+    """The adapter as a safetensors file: float32, with PEFT's configuration in `lora_adapter_metadata`.
+
+    `texts` are the text encoders that have an adapter too, by their part of the pipeline; `tokens` were learnt with it.
+    """
     tensors, metadata = family.adapter_file(denoiser, ADAPTER_NAME)
     if any(hasattr(layer, PISSA_START[0]) for _, layer in _layers(denoiser)):
         tensors, metadata = _without_start(denoiser, f"{family.denoiser_part}.", tensors, metadata)
+    for part, model in texts.items():
+        layers, settings = family.adapter_file(model, ADAPTER_NAME, part)
+        tensors |= {f"{part}.{stored_text_key(key.removeprefix(f'{part}.'))}": layers[key] for key in layers}
+        metadata |= settings
+    tensors |= bundled(tokens, family.pipeline)
     return to_safetensors(tensors, {"format": "pt", METADATA_KEY: json.dumps(_plain(metadata), sort_keys=True)})
 
 
@@ -219,16 +232,23 @@ def attach_adapter(denoiser: Any, family: Family, data: bytes) -> None:
 
     Raises BadInput for a file whose kind is not in the table, and for one of another model.
     """
-    prefix = f"{family.denoiser_part}."
-    settings = {key.removeprefix(prefix): value for key, value in _settings(data).items() if key.startswith(prefix)}
+    attach_part(denoiser, family.denoiser_part, data)
+
+
+def attach_part(model: Any, part: str, data: bytes) -> None:
+    """The same for any part of the pipeline, such as a text encoder."""
+    prefix = f"{part}."
+    settings = {key.removeprefix(prefix): value for key, value in settings_of(data).items() if key.startswith(prefix)}
     if settings.get("peft_type") not in PEFT_TYPES:
         raise BadInput(
             f"the adapter's {METADATA_KEY} says peft_type {settings.get('peft_type')!r} for {prefix[:-1]}, expected "
             f"one of {', '.join(sorted(PEFT_TYPES))}; train or export it again"
         )
-    denoiser.add_adapter(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]](**settings), adapter_name=ADAPTER_NAME)
+    model.add_adapter(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]](**settings), adapter_name=ADAPTER_NAME)
     tensors = {key.removeprefix(prefix): tensor for key, tensor in load(data).items() if key.startswith(prefix)}
-    loaded = set_peft_model_state_dict(denoiser, tensors, adapter_name=ADAPTER_NAME)
+    if part.startswith("text_encoder"):
+        tensors = {text_key(key, model): tensor for key, tensor in tensors.items()}
+    loaded = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER_NAME)
     lacking = [key for key in loaded.missing_keys if f".{ADAPTER_NAME}" in key]
     if lacking or loaded.unexpected_keys:
         odd = [*lacking, *loaded.unexpected_keys]
@@ -240,34 +260,64 @@ def stock_adapter(data: bytes, family: Family, base: Path) -> bytes:
 
     A kind that the stock loader refuses ("Invalid LoRA checkpoint") becomes a LoRA whose rank is each layer's width:
     dW = dW I or I dW, so nothing is approximated, at the price of the weights' own size. The header key
-    `safelight.spelled_out_from` names the kind.
+    `safelight.spelled_out_from` names the kind. Learned tokens, which it refuses as well, are left out.
     """
-    prefix = f"{family.denoiser_part}."
-    kind = _settings(data).get(f"{prefix}peft_type", STOCK_TYPE)
-    if kind == STOCK_TYPE:
+    settings, (tensors, tokens) = settings_of(data), unbundled(load(data), family.pipeline, "the adapter")
+    kinds = {key.removesuffix(".peft_type"): kind for key, kind in settings.items() if key.endswith(".peft_type")}
+    strange = {part: kind for part, kind in kinds.items() if kind != STOCK_TYPE}
+    if not strange and not tokens:
         return data
-    denoiser: Any = family.load_denoiser(base, "cpu")
-    attach_adapter(denoiser, family, data)
+    for part in strange:
+        prefix = f"{part}."
+        kept = {key: value for key, value in settings.items() if not key.startswith(prefix)}
+        model = _part_of(base, family, part)
+        attach_part(model, part, data)
+        layers, config = _spelled_out(model)
+        settings = kept | {f"{prefix}{key}": _plain(value) for key, value in config.to_dict().items()}
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)} | {
+            f"{prefix}{stored_text_key(key) if part in family.clip_parts else key}": tensor
+            for key, tensor in layers.items()
+        }
+    header = header_of(data) | {METADATA_KEY: json.dumps(settings, sort_keys=True)}
+    return to_safetensors(tensors, header | ({"safelight.spelled_out_from": min(strange.values())} if strange else {}))
+
+
+def _part_of(base: Path, family: Family, part: str) -> Any:
+    if part == family.denoiser_part:
+        return family.load_denoiser(base, "cpu")
+    return next(clip.model for clip in family.load_clip_prompts(base, "cpu", torch.float32).clips if clip.part == part)
+
+
+def _spelled_out(model: nn.Module) -> tuple[dict[str, Tensor], LoraConfig]:
+    """The adapter of `model` as a LoRA of its layers' own width."""
     tensors, ranks = {}, {}
-    for name, layer in _layers(denoiser):
+    for name, layer in _layers(model):
         down, up = _factors(_update(layer))
-        tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"] = down, up
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
         ranks[name] = len(down)
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: found for name, found in ranks.items() if found != rank}
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(ranks), rank_pattern=others, alpha_pattern=dict(others)
     )
-    metadata = {f"{prefix}{key}": _plain(value) for key, value in config.to_dict().items()}
-    header = {"format": "pt", "safelight.spelled_out_from": kind}
-    return to_safetensors(tensors, header | {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    return tensors, config
 
 
 def load_adapter(pipeline: Any, data: bytes, family: Family, base: Path) -> None:
-    """Put any adapter file of ours into the stock pipeline of `base`, the stock way.
+    """Put any adapter file of ours into the stock pipeline of `base`, the stock way, with the tokens that it brings.
 
     What the pipeline then draws is what it draws for everybody who loads the registered or exported model.
     """
+    for token in tokens_of(data, family):
+        if not hasattr(pipeline, "load_textual_inversion"):
+            raise BadInput(f"the adapter brings the token {token.name}, and {family.pipeline} loads none; leave it out")
+        for part, vectors in token.vectors.items():
+            pipeline.load_textual_inversion(
+                vectors,
+                token=token.name,
+                text_encoder=getattr(pipeline, part),
+                tokenizer=getattr(pipeline, part.replace("text_encoder", "tokenizer")),
+            )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / ADAPTER_FILE).write_bytes(stock_adapter(data, family, base))
         pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE)
@@ -290,10 +340,35 @@ def _factors(update: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(width).view(width, *update.shape[1:]), update.reshape(out, width, *kernel)
 
 
-def _settings(data: bytes) -> dict[str, Any]:
+def tokens_of(data: bytes, family: Family) -> tuple[Token, ...]:
+    """The learned tokens in an adapter file of ours."""
+    return unbundled(load(data), family.pipeline, "the adapter")[1]
+
+
+def text_parts_of(data: bytes, family: Family) -> tuple[str, ...]:
+    """The text encoders that an adapter file of ours has layers for."""
+    found = {key.split(".")[0] for key in load(data)}
+    return tuple(part for part in family.clip_parts if part in found)
+
+
+def stored_text_key(key: str) -> str:
+    """The name of a text encoder's tensor in a file, which loaders of every version of transformers read."""
+    return encoder_module(key).replace(".lora_magnitude_vector", f".{MAGNITUDE_OF_TEXT}")
+
+
+def text_key(key: str, model: nn.Module) -> str:
+    """The reverse, for a model whose CLIP has a `text_model` around its encoder or has lost it."""
+    key = key.replace(f".{MAGNITUDE_OF_TEXT}", ".lora_magnitude_vector")
+    return encoder_module(key) if hasattr(model, "text_model") else key.removeprefix("text_model.")
+
+
+def settings_of(data: bytes) -> dict[str, Any]:
     """What the file says of its own configuration; empty for a file of other programs."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    return json.loads(header_of(data).get(METADATA_KEY, "{}"))
+
+
+def header_of(data: bytes) -> dict[str, str]:
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
 
 
 def _plain(value: Any) -> Any:

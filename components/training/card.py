@@ -1,7 +1,7 @@
 """The model card of an adapter: README.md in the format of the Hugging Face hub, written from the catalog alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -27,6 +27,7 @@ from components.families import FAMILIES
 from components.families.bases import HUB_ID, find_base, resolve_base
 from components.latents.buckets import buckets
 from components.layouts.names import ARCHITECTURES
+from components.layouts.tokens import Token, encoder_keys
 from components.stages import Bench
 from components.storage import atomic_write
 from components.training.trained_data import data_metadata
@@ -233,26 +234,30 @@ def card_images(bench: Bench, adapter_sha256: str, folder: Path) -> list[tuple[s
     return images
 
 
-def write_card(path: Path, origin: Origin, images: Sequence[tuple[str, str]], files: Mapping[str, str]) -> None:
+def write_card(path: Path, origin: Origin, images: Sequence[tuple[str, str]], files: Mapping[str, str],
+               tokens: Sequence[Token] = ()) -> None:
     """Write the card and, beside it, the licence that it links to; `files` maps a layout to its file name.
 
     What is not known is left out, never a placeholder.
     """
-    parts = [_front_matter(origin, images), f"# {_text(origin.title)}", _introduction(origin), _usage(origin, files),
-             _evaluation(origin), _data_section(origin), _training(origin), _limits(origin)]
+    parts = [_front_matter(origin, images, tokens), f"# {_text(origin.title)}", _introduction(origin),
+             _usage(origin, files, tokens), _evaluation(origin), _data_section(origin), _training(origin),
+             _limits(origin)]
     with atomic_write(path) as file:
         file.write(("\n\n".join(part for part in parts if part) + "\n").encode())
     with atomic_write(path.with_name(LICENCE_FILE)) as file:
         file.write(f"# {_text(origin.title)}\n\n{_licence(origin)}\n".encode())
 
 
-def _front_matter(origin: Origin, images: Sequence[tuple[str, str]]) -> str:
+def _front_matter(origin: Origin, images: Sequence[tuple[str, str]], tokens: Sequence[Token]) -> str:
     lines = ["---", "license: other", "license_name: as-training-data-and-base", f"license_link: {LICENCE_FILE}"]
     if origin.hub_base:
         lines += [f"base_model: {origin.base}", "base_model_relation: adapter"]
     template = "sd-lora" if ARCHITECTURES[origin.pipeline].denoiser == "unet" else "diffusion-lora"
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image",
               f"tags: [text-to-image, diffusers, lora, 'template:{template}']"]
+    if tokens:
+        lines.append(f"instance_prompt: {json.dumps(' '.join(token.name for token in tokens))}")
     if images:
         lines.append("widget:")
         lines += [line for name, prompt in images for line in (f"  - text: {json.dumps(prompt)}",
@@ -264,20 +269,38 @@ def _introduction(origin: Origin) -> str:
     return f"<Gallery />\n\n{_text(origin.description)}"
 
 
-def _usage(origin: Origin, files: Mapping[str, str]) -> str:
+def _usage(origin: Origin, files: Mapping[str, str], tokens: Sequence[Token]) -> str:
     lines = ["## Use"]
+    lines += [f"\nThe adapter learnt a word of its own, `{token.name}`: prompts have to use it." for token in tokens]
     if "diffusers" in files:
         base = origin.base if origin.hub_base else f"<folder of {origin.base}>"
         lines += ["", "```python", "import torch", "from diffusers import DiffusionPipeline", "",
                   f'pipeline = DiffusionPipeline.from_pretrained("{base}", dtype=torch.float32)',
-                  f'pipeline.load_lora_weights(".", weight_name="{files["diffusers"]}")', "```"]
+                  f'pipeline.load_lora_weights(".", weight_name="{files["diffusers"]}")',
+                  *(line for place, token in enumerate(tokens)
+                    for line in _loading(token, files[f"embeddings-{place + 1}" if place else "embeddings"], origin)),
+                  "```"]
     if "kohya" in files:
         readers = ARCHITECTURES[origin.pipeline].readers["kohya"]
         lines += ["", f"For {readers} put `{files['kohya']}` into the folder of LoRA models; weight 1 is what was "
-                      "evaluated."]
+                      "evaluated." + (" Diffusers does not read that file: it carries the word." if tokens else "")]
     if "comfyui" in files:
         lines += ["", f"For ComfyUI put `{files['comfyui']}` into `models/loras`."]
+    if tokens and {"kohya", "comfyui"} & set(files):
+        lines += ["", "ComfyUI knows the word as `embedding:NAME` when the same file lies in `models/embeddings` too."]
     return "\n".join(lines)
+
+
+def _loading(token: Token, file: str, origin: Origin) -> Iterator[str]:
+    """The lines of Python that put a learned word into a stock pipeline."""
+    if len(token.vectors) == 1:
+        yield f'pipeline.load_textual_inversion(".", weight_name="{file}")'
+        return
+    yield f'vectors = safetensors.torch.load_file("{file}")'
+    for part, key in encoder_keys(origin.pipeline).items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        yield (f'pipeline.load_textual_inversion(vectors["{key}"], token="{token.name}", '
+               f"text_encoder=pipeline.{part}, tokenizer=pipeline.{tokenizer})")
 
 
 def _evaluation(origin: Origin) -> str:

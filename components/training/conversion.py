@@ -9,14 +9,15 @@ from components.errors import BadInput
 from components.families.bases import BaseModel
 from components.layouts.layers import Layer
 from components.layouts.names import Layout
-from components.layouts.reading import import_layers
+from components.layouts.reading import import_adapter
 from components.layouts.skeleton import Skeleton, skeleton_of
 from components.layouts.surgery import extract, merge, resize
+from components.layouts.tokens import Token
 from components.layouts.writing import diffusers_tensors, require_layout, stored_tensors
 from components.storage import atomic_write
 from components.tensors import to_safetensors
 from components.training.adapters import METADATA_KEY
-from components.training.export import EVERY_RUN, file_name, tensors_in
+from components.training.export import EVERY_RUN, file_name, tensors_in, written_embeddings
 
 KEPT = ("ss_", "sshs_", "modelspec.", "safelight.")  # of a source's header: what says where it comes from
 STALE = ("ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256",
@@ -49,18 +50,19 @@ def convert(
     Raises BadInput.
     """
     skeleton = skeleton_of(base)
+    tokens: Sequence[Token] = ()
     if source.is_dir():
         layers, header, error = _extracted(source, base, skeleton, rank)
     else:
-        layers, header, error = import_layers(source, skeleton), _origin(source), 0.0
+        (layers, tokens), header, error = import_adapter(source, skeleton), _origin(source), 0.0
         if rank is not None:
             fitted = resize(layers, rank)
             layers, error = fitted.layers, fitted.error
     if merged:
-        return Converted({"pipeline": merge(base, layers, destination)}, error)
+        return Converted({"pipeline": merge(base, layers, destination, tokens)}, error)
     if rank is not None:
         header |= {"safelight.rank": str(rank), "safelight.frobenius_error": f"{error:.6g}"}
-    return _written(layers, skeleton, destination, name or source.stem, layouts, header, error)
+    return _written(layers, tokens, skeleton, destination, name or source.stem, layouts, header, error)
 
 
 def _extracted(
@@ -87,6 +89,7 @@ def _origin(source: Path) -> dict[str, str]:
 
 def _written(
     layers: Sequence[Layer],
+    tokens: Sequence[Token],
     skeleton: Skeleton,
     destination: Path,
     name: str,
@@ -97,7 +100,7 @@ def _written(
     dims = [layer.rank or 1 for layer in layers]
     alphas = [layer.scale * dim for layer, dim in zip(layers, dims, strict=True)]
     facts = {"format": "pt", "ss_network_dim": str(max(dims)), "ss_network_alpha": str(max(alphas))}
-    files: dict[Layout, Path] = {}
+    files: dict[str, Path] = {}
     skipped: dict[Layout, str] = {}
     for layout in layouts or EVERY_RUN:
         try:
@@ -108,7 +111,7 @@ def _written(
                 body, peft = stored_tensors(layers, skeleton)
                 settings = {METADATA_KEY: json.dumps(peft, sort_keys=True)}
             else:
-                body = tensors_in(layout, layers, skeleton)
+                body = tensors_in(layout, layers, skeleton, tokens)
         except BadInput as refusal:
             if layouts is not None:
                 raise
@@ -119,4 +122,5 @@ def _written(
             file.write(to_safetensors(body, {**header, **facts, **settings}))
     if not files:
         raise BadInput("; ".join(skipped.values()))
-    return Converted({**files}, error, skipped)
+    files |= written_embeddings(tokens, skeleton.pipeline, destination) if "diffusers" in files else {}
+    return Converted(files, error, skipped)

@@ -19,6 +19,7 @@ from components.layouts.layers import KINDS, Layer
 from components.layouts.names import Layout
 from components.layouts.reading import stored_layers
 from components.layouts.skeleton import Skeleton, skeleton_of
+from components.layouts.tokens import Token, bundled, embedding_file, unbundled
 from components.layouts.writing import comfyui_tensors, diffusers_tensors, kohya_tensors
 from components.stages import Bench
 from components.storage import atomic_write
@@ -41,7 +42,7 @@ class Export:
     """What `export_adapter` wrote, and why it did not write a layout."""
 
     folder: Path
-    files: dict[Layout, Path]
+    files: dict[str, Path]  # by layout; of learned tokens "embeddings"
     card: Path
     skipped: dict[Layout, str]
 
@@ -61,40 +62,59 @@ def export_adapter(
     layout that was asked for and cannot hold it, DamagedArtifact when its bytes are gone.
     """
     bench.store.read(adapter_sha256)  # verified before anything is published
-    tensors, stored = read_adapter(bench.store.path(adapter_sha256))
+    everything, stored = read_adapter(bench.store.path(adapter_sha256))
     origin = origin_of(bench, adapter_sha256, run_uid)
-    files: dict[Layout, Path] = {}
+    tensors, tokens = unbundled(everything, origin.pipeline, "the adapter")
+    files: dict[str, Path] = {}
     skipped: dict[Layout, str] = {}
     for layout in layouts or EVERY_RUN:
         try:
             layers = stored_layers(tensors, stored)
             skeleton = None if layout == "diffusers" else _skeleton(bench, origin.run_uid, layout)
-            body = tensors_in(layout, layers, skeleton)
+            body = tensors_in(layout, layers, skeleton, tokens)
         except BadInput as error:
             if layouts is not None:
                 raise
             skipped[layout] = str(error)
             continue
         kept = {key: stored[key] for key in ("format", "lora_adapter_metadata") if key in stored}
-        header = (kept if layout == "diffusers" else {}) | file_metadata(origin, layers, body, layout)
+        header = (kept if layout == "diffusers" else {}) | file_metadata(origin, layers, body, layout, tokens)
         files[layout] = destination / file_name(origin.name, layout, files)
         with atomic_write(files[layout]) as file:
             file.write(to_safetensors(body, header))
+    files |= written_embeddings(tokens, origin.pipeline, destination) if "diffusers" in files else {}
     card = destination / "README.md"
     images = card_images(bench, adapter_sha256, destination)
-    write_card(card, origin, images, {layout: path.name for layout, path in files.items()})
+    write_card(card, origin, images, {layout: path.name for layout, path in files.items()}, tokens)
     return Export(destination, files, card, skipped)
 
 
-def tensors_in(layout: Layout, layers: Sequence[Layer], skeleton: Skeleton | None) -> dict[str, Tensor]:
-    """An adapter's tensors in a layout; all but diffusers' need the base's layers. Raises BadInput."""
+def tensors_in(
+    layout: Layout, layers: Sequence[Layer], skeleton: Skeleton | None, tokens: Sequence[Token] = ()
+) -> dict[str, Tensor]:
+    """An adapter's tensors in a layout; all but diffusers' need the base's layers, and take tokens. Raises BadInput.
+
+    Diffusers reads tokens from files of their own, which `written_embeddings` writes.
+    """
     if layout == "diffusers":
         return diffusers_tensors(layers)
     assert skeleton is not None
-    return kohya_tensors(layers, skeleton) if layout == "kohya" else comfyui_tensors(layers, skeleton)
+    body = kohya_tensors(layers, skeleton) if layout == "kohya" else comfyui_tensors(layers, skeleton)
+    return body | bundled(tokens, skeleton.pipeline)
 
 
-def file_name(name: str, layout: Layout, written: Mapping[Layout, Path]) -> str:
+def written_embeddings(tokens: Sequence[Token], pipeline: str, destination: Path) -> dict[str, Path]:
+    """Write a file for each learned token, for `load_textual_inversion` and folders of embeddings."""
+    files = {}
+    for place, token in enumerate(tokens):
+        number = f"-{place + 1}" if place else ""
+        files[f"embeddings{number}"] = path = destination / f"learned_embeds{number}.safetensors"
+        with atomic_write(path) as file:
+            file.write(embedding_file(token, pipeline))
+    return files
+
+
+def file_name(name: str, layout: Layout, written: Mapping[str, Path]) -> str:
     """diffusers has a name of its own; of the others the first is called like the model."""
     if layout == "diffusers":
         return DIFFUSERS_FILE
@@ -111,7 +131,11 @@ def _skeleton(bench: Bench, run_uid: str, layout: Layout) -> Skeleton:
 
 
 def file_metadata(
-    origin: Origin, layers: Sequence[Layer], tensors: Mapping[str, Tensor], layout: Layout
+    origin: Origin,
+    layers: Sequence[Layer],
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    tokens: Sequence[Token] = (),
 ) -> dict[str, str]:
     """Header strings: `ss_*` as kohya's trainer writes them, `modelspec.*` (ModelSpec 1.0.1), our own `safelight.*`."""
     training = origin.training
@@ -120,6 +144,7 @@ def file_metadata(
     alphas = [layer.scale * rank for layer, rank in zip(layers, dims, strict=True)]
     kind, asked = layers[0].kind, training.get("resolution", "auto")
     side = origin.resolution if asked == "auto" else asked
+    text_rate = training.get("text_encoder_lr") or training.get("learning_rate")
     values: dict[str, Any] = {
         "ss_output_name": origin.name,
         "ss_v2": origin.architecture.startswith("stable-diffusion-v2"),
@@ -135,6 +160,7 @@ def file_metadata(
         "ss_training_finished_at": origin.finished_at,
         "ss_learning_rate": training.get("learning_rate"),
         "ss_unet_lr": training.get("learning_rate"),
+        "ss_text_encoder_lr": text_rate if training.get("train_text_encoder") else None,
         "ss_optimizer": training.get("optimizer"),
         "ss_lr_scheduler": training.get("lr_scheduler"),
         "ss_lr_warmup_steps": training.get("lr_warmup_steps"),
@@ -175,6 +201,7 @@ def file_metadata(
         "modelspec.date": origin.created_at,
         "modelspec.hash_sha256": f"0x{digest}",
         "modelspec.license": origin.licence_line,
+        "modelspec.trigger_phrase": ", ".join(token.name for token in tokens) or None,
         "safelight.adapter_sha256": origin.adapter_sha256,
         "safelight.run_uid": origin.run_uid,
         "safelight.dataset_manifest_sha256": origin.snapshot_digest,

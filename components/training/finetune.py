@@ -49,6 +49,7 @@ from components.training.priors import class_rows, spread_over
 from components.training.processes import ALONE, Processes
 from components.training.samples import CachedSamples, LatentBatch, Positions, cached_samples
 from components.training.schedules import learning_rate_at
+from components.training.texts import TextSide, text_side
 from components.training.validation import log_mean_ratio, validation_losses
 
 PREVIEW_STEPS = 12  # sampler steps of a preview: a look, not a measurement
@@ -160,9 +161,13 @@ class _FineTuning:
             self.parameters, self.initial = continue_adapter(self.denoiser, base, training)
         if training.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        self.text = text_side(base, training, self.device, self.dtype, train.texts.values())
+        self.parameters += self.text.parameters if self.text else []
         self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
         if (limit := training.scale_weight_norms) is not None:
             self.optimizer.register_step_post_hook(lambda *_: limit_norms(self.denoiser, limit))
+        if (text := self.text) is not None:
+            self.optimizer.register_step_post_hook(lambda *_: text.settle())
         self.ema = ExponentialAverage(self.parameters, training.ema_decay) if training.ema_decay else None
         self.null = self.family.null_condition(base.path, train.prompts([caption_item(NULL_PROMPT).key]))
         self.preview_prompts = choose_prompts(held_out_rows, training.preview_prompts) if held_out_rows else []
@@ -179,10 +184,10 @@ class _FineTuning:
         self.processes.require_same("checkpoint to go on from", start)
         if start == 0 and self.held_out.rows and self.processes.first:
             with without_adapter(self.denoiser, bool(self.initial)):
-                self.losses["base"] = self._validate()
+                self.losses["base"] = self._validate(None)
         if training.max_train_steps == 0 and self.processes.first:  # an adapter file is looked at as it is
             self._publish(0)
-        self.denoiser.train()
+        self._train(True)
         done_batches = start * training.gradient_accumulation_steps * self.processes.count
         positions = batches_from(done_batches, self.train.ids, training.train_batch_size, seed=training.seed)
         done = fit(
@@ -220,23 +225,36 @@ class _FineTuning:
 
     # one step ---------------------------------------------------------------------------------------------------------
 
+    def _train(self, mode: bool) -> None:
+        self.denoiser.train(mode)
+        if self.text:
+            self.text.train(mode)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.precision, enabled=self.precision is not torch.float32)
+
     def _denoise(self, x_t: Tensor, timestep: Tensor, cond: Tensors) -> Tensor:
-        with torch.autocast(self.device, self.precision, enabled=self.precision is not torch.float32):
+        with self._autocast():
             return self.family.denoise(self.denoiser, x_t.to(self.device), timestep.to(self.device), cond).float()
 
     def _latents(self, batch: LatentBatch, draw: Any) -> Tensor:
         return self.scaled_latents(batch.cached, lambda shape: draw.normal(shape, "posterior")).to(self.device)
 
-    def _on_device(self, cond: Tensors) -> Tensors:
-        return {name: (c.float() if c.is_floating_point() else c).to(self.device) for name, c in cond.items()}
+    def _condition(self, batch: LatentBatch, text: TextSide | None, dropped: Tensor | None = None) -> Tensors:
+        """What the denoiser is told of a batch: as the cache has it, or as `text` reads its captions now."""
+        cond = batch.cond if dropped is None else replaced(batch.cond, dropped, self.null)
+        cond = {name: (c.float() if c.is_floating_point() else c).to(self.device) for name, c in cond.items()}
+        if text is None:
+            return cond
+        with self._autocast():
+            return text.condition(batch.texts, cond, dropped)
 
     def _loss(self, rows: Positions, draw: Draw) -> Tensor:
         """Scalar. Captions are chosen and dropped per sample, at load time, so no cache holds a draw."""
         batch = self.train.reworded(self.train.batch(rows.positions), draw)
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
-        cond = self._on_device(replaced(batch.cond, dropped, self.null))
-        latents = self._latents(batch, draw)
+        cond, latents = self._condition(batch, self.text, dropped), self._latents(batch, draw)
         losses = self.objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents))
         return (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
 
@@ -301,11 +319,12 @@ class _FineTuning:
 
     def _publish(self, step: int) -> None:
         """Make a checkpoint's adapter, validation loss and previews visible outside."""
-        ref = self.bench.store.put(adapter_bytes(self.denoiser, self.family))
+        adapted, tokens = (self.text.adapted, self.text.tokens) if self.text else ({}, ())
+        ref = self.bench.store.put(adapter_bytes(self.denoiser, self.family, adapted, tokens))
         self.adapters[step] = ref
         self.on_event({"event": "checkpoint", "step": step, "sha256": ref.sha256})
         if self.held_out.rows:
-            self.losses[str(step)] = self._validate()
+            self.losses[str(step)] = self._validate(self.text)
             line = {
                 "step": step,
                 "validation_loss": self.losses[str(step)].mean().item(),
@@ -335,26 +354,27 @@ class _FineTuning:
         self.on_event({"event": "log", "message": f"resumed from step {checkpoint.step}"})
         return checkpoint.step
 
-    def _validate(self) -> Tensor:
-        """Losses in plain white noise, so that runs with other noise settings can be compared."""
-        self.denoiser.eval()
+    def _validate(self, text: TextSide | None) -> Tensor:
+        """Losses in plain white noise, so that runs with other noise settings can be compared; without `text` prompts
+        are as the base reads them."""
+        self._train(False)
         objective = replace(self.objective, noise=white, input_noise=white)
 
         def per_sample(positions: Sequence[int], draw: Any) -> Tensor:
             batch = self.held_out.batch(positions)
-            cond = self._on_device(batch.cond)
-            latents = self._latents(batch, draw)
+            cond, latents = self._condition(batch, text), self._latents(batch, draw)
             return objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents)).cpu()
 
         losses = validation_losses(per_sample, self.held_out.ids, self.training.validation_times)
-        self.denoiser.train()
+        self._train(True)
         return losses
 
     def _preview(self, step: int) -> None:
         if not self.preview_prompts:
             return
-        self.denoiser.eval()
-        pipeline = self.family.load_pipeline(self.base.path, self.device, self.dtype, self.denoiser)
+        self._train(False)
+        parts = self.text.pipeline_parts if self.text else {}
+        pipeline = self.family.load_pipeline(self.base.path, self.device, self.dtype, self.denoiser, **parts)
         settings = Settings(
             PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", self.resolution, len(self.preview_prompts), torch.get_num_threads()
         )
@@ -365,7 +385,7 @@ class _FineTuning:
             ref = self.bench.store.put(buffer.getvalue())
             self.previews[f"preview-{step}-{i}"] = ref
             self.on_event({"event": "preview", "step": step, "key": f"preview/{i}", "sha256": ref.sha256})
-        self.denoiser.train()
+        self._train(True)
 
     # result -----------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from components.config import TrainingConfig
 from components.errors import BadInput
 
 Named = Sequence[tuple[str, nn.Parameter]]
+TOKEN_ROWS = "token_embedding.learnt.weight"  # how the names of learned tokens' parameters end
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0, Jordan et al. 2024, "Muon"
 RMS_OF_ADAMW = (
@@ -160,7 +161,7 @@ def _lion(parameters: Named, training: TrainingConfig) -> Optimizer:
 
 
 def _muon(parameters: Named, training: TrainingConfig) -> Optimizer:
-    return muon_for(dict(parameters), training.learning_rate, weight_decay=training.weight_decay)
+    return muon_for(dict(parameters), training.learning_rate, exclude=(TOKEN_ROWS,), weight_decay=training.weight_decay)
 
 
 def _tensors(parameters: Named) -> list[nn.Parameter]:
@@ -168,14 +169,29 @@ def _tensors(parameters: Named) -> list[nn.Parameter]:
 
 
 def _groups(parameters: Named, training: TrainingConfig) -> list[dict[str, Any]]:
-    """One group, or LoRA+'s two (Hayou et al. 2024, arXiv:2402.12354): the factor B, which starts at zero, learns
-    `loraplus_lr_ratio` times as fast as the rest; `lr_ratio` is what the loop multiplies a group's learning rate by."""
-    if training.loraplus_lr_ratio == 1.0:
+    """A group for each learning rate; `lr_ratio` is what the loop multiplies its own by.
+
+    Of LoRA+ (Hayou et al. 2024, arXiv:2402.12354) the factor B, which starts at zero, learns `loraplus_lr_ratio` times
+    as fast. Rows of tokens do not decay: their spread is held in another way.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        groups.setdefault((_lr_ratio(name, training), name.endswith(TOKEN_ROWS)), []).append(parameter)
+    if set(groups) == {(1.0, False)}:
         return [{"params": _tensors(parameters)}]
-    up = [(name, parameter) for name, parameter in parameters if ".lora_B." in name]
-    rest = [(name, parameter) for name, parameter in parameters if ".lora_B." not in name]
-    ratio = training.loraplus_lr_ratio
-    return [{"params": _tensors(rest), "lr_ratio": 1.0}, {"params": _tensors(up), "lr_ratio": ratio}]
+    return [
+        {"params": members, "lr_ratio": ratio} | ({"weight_decay": 0.0} if of_tokens else {})
+        for (ratio, of_tokens), members in groups.items()
+    ]
+
+
+def _lr_ratio(name: str, training: TrainingConfig) -> float:
+    """The learning rate of a parameter over the denoiser's."""
+    plus = training.loraplus_lr_ratio if ".lora_B." in name else 1.0
+    own = training.token_learning_rate if name.endswith(TOKEN_ROWS) else None
+    if name.startswith("text_encoder") and not name.endswith(TOKEN_ROWS):
+        own = training.text_encoder_lr
+    return plus * (1.0 if own is None else own / training.learning_rate)
 
 
 def _adam_settings(training: TrainingConfig) -> dict:

@@ -1,8 +1,8 @@
 """Samples of a split as training sees them: rows of the latent cache, fetched by content, never by position."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class LatentBatch:
     mask: Tensor | None = None
     wordings: tuple[tuple[str, ...], ...] = ()  # of each sample: cache keys of its captions, `cond` has the first
     weights: Tensor | None = None  # (B,) factors on the losses; None: all 1
+    texts: tuple[str, ...] = ()  # what `cond` is the embedding of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class CachedSamples:
     mask_keys: tuple[str | None, ...] = ()  # None: the whole picture counts
     wordings: tuple[tuple[str, ...], ...] = ()  # of each row: keys of its captions, of which `reworded` draws one
     weights: tuple[float, ...] = ()  # of each row: factor on its loss; none: all 1
+    texts: Mapping[str, str] = field(default_factory=dict)  # of captions, by their keys
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -96,6 +98,7 @@ class CachedSamples:
             self._mask(positions),
             wordings,
             torch.tensor([self.weights[i] for i in positions]) if self.weights else None,
+            tuple(self.texts[keys[0]] for keys in wordings),
         )
 
     def reworded(self, batch: LatentBatch, draw: Draw) -> LatentBatch:
@@ -104,7 +107,7 @@ class CachedSamples:
             return batch
         lots = draw.uniform(len(batch.wordings), "wording").tolist()
         keys = [keys[int(lot * len(keys))] for keys, lot in zip(batch.wordings, lots, strict=True)]
-        return replace(batch, cond=batch.cond | self.prompts(keys))
+        return replace(batch, cond=batch.cond | self.prompts(keys), texts=tuple(self.texts[key] for key in keys))
 
     def _mask(self, positions: Sequence[int]) -> Tensor | None:
         if self.masks is None:
@@ -153,4 +156,5 @@ def cached_samples(
         ShardReader(bench.store, masks) if masks else None,
         mask_keys,
         wordings,
+        texts={caption_item(text).key: text for of_row in texts for text in of_row},
     )

@@ -90,7 +90,7 @@ def _log_checkpoint(
     run = client.get_run(run_id)
     model = _model_of(client, request, run, checkpoint)
     if model.status != LoggedModelStatus.READY:
-        _upload(client, request, model, bench.store.read(checkpoint.sha256))
+        _upload(client, bench, request, model, checkpoint.sha256)
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     if model.model_id not in {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=checkpoint.step)])
@@ -115,17 +115,20 @@ def _model_of(
     )
 
 
-def _upload(client: "MlflowClient", request: RegistrationRequest, model: "LoggedModel", adapter: bytes) -> None:
+def _upload(
+    client: "MlflowClient", bench: Bench, request: RegistrationRequest, model: "LoggedModel", adapter_sha256: str
+) -> None:
     from mlflow.diffusers import save_model
     from mlflow.models import Model
 
     with tempfile.TemporaryDirectory() as scratch:
-        weights, folder = Path(scratch) / "pytorch_lora_weights.safetensors", Path(scratch) / "model"
-        weights.write_bytes(_stock_adapter(adapter, Path(request.base_path)))
+        weights, folder = Path(scratch) / "adapter", Path(scratch) / "model"
+        weights.mkdir()
+        base = _stock_files(bench, Path(request.base_path), adapter_sha256, weights)
         save_model(
             str(weights),
             str(folder),
-            base_model=request.base_path,
+            base_model=str(base),
             signature=_signature(request),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in MODEL_REQUIREMENTS],
             mlflow_model=Model(
@@ -138,15 +141,25 @@ def _upload(client: "MlflowClient", request: RegistrationRequest, model: "Logged
         client.log_model_artifacts(model.model_id, str(folder))
 
 
-def _stock_adapter(adapter: bytes, base: Path) -> bytes:
-    """The adapter as MLflow's flavour can load it, which knows `load_lora_weights` alone."""
+def _stock_files(bench: Bench, base_path: Path, adapter_sha256: str, folder: Path) -> Path:
+    """Write the adapter as MLflow's flavour can load it, which knows `load_lora_weights` alone; returns its base.
+
+    Learned tokens have no place in that call: the base is then one whose vocabulary has them, kept in the workspace.
+    Their file lies beside the adapter for whoever loads it on another base.
+    """
     from components.config import BaseModelConfig
     from components.families import FAMILIES
     from components.families.bases import find_base
-    from components.training.adapters import stock_adapter
+    from components.layouts.vocabulary import base_with_tokens
+    from components.training.adapters import ADAPTER_FILE, stock_adapter, tokens_of
+    from components.training.export import written_embeddings
 
-    folder, family = find_base(BaseModelConfig(model=str(base)))
-    return stock_adapter(adapter, FAMILIES[family], folder)
+    base, pipeline = find_base(BaseModelConfig(model=str(base_path)))
+    family, adapter = FAMILIES[pipeline], bench.store.read(adapter_sha256)
+    (folder / ADAPTER_FILE).write_bytes(stock_adapter(adapter, family, base))
+    tokens = tokens_of(adapter, family)
+    written_embeddings(tokens, pipeline, folder)
+    return base_with_tokens(base, pipeline, tokens, bench.workspace.bases / adapter_sha256[:16]) if tokens else base
 
 
 def _signature(request: RegistrationRequest) -> "ModelSignature":

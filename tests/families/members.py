@@ -84,6 +84,8 @@ class Member:
     encode_pixels: Callable[[Any, torch.Tensor], torch.Tensor] = posterior_mean  # as the pipeline's decoder takes them
     pack: Callable[[Any, torch.Tensor], torch.Tensor] = as_it_is  # latents to the pipeline's layout
     unpack: Callable[[Any, torch.Tensor, int], torch.Tensor] = unpacked_as_it_is  # and back, for a side in pixels
+    clip: bool = False  # whether its text encoders can be trained
+    tokens: bool = False  # and whether the stock pipeline loads learned tokens
     sign: int = 1  # of the denoiser's output, before it is the prediction that the scheduler takes
 
 
@@ -522,15 +524,24 @@ FLUX: dict[str, Any] = {
     "side": 64,
     "encode_prompt": _flux,
     "training": DYNAMIC,
+    "clip": True,
+    "tokens": True,
     "pack": _flux_pack,
     "unpack": _flux_unpack,
 }
 MEMBERS = {
-    "sd1": Member(tiny_stable_diffusion, _sd, x_t="sample", recipes=("sd15",)),
-    "sd2": Member(stable_diffusion_2, _sd, x_t="sample", recipes=("sd21",)),
-    "sdxl": Member(stable_diffusion_xl, _sdxl, x_t="sample", recipes=("sdxl-12gb", "sdxl", "sdxl-80gb")),
-    "sd3": Member(stable_diffusion_3, _sd3, training=SHIFTED, recipes=("sd35-medium", "sd35-large")),
-    "sd3-without-t5": Member(stable_diffusion_3_without_t5, _sd3, training=SHIFTED),
+    "sd1": Member(tiny_stable_diffusion, _sd, x_t="sample", clip=True, tokens=True, recipes=("sd15",)),
+    "sd2": Member(stable_diffusion_2, _sd, x_t="sample", clip=True, tokens=True, recipes=("sd21",)),
+    "sdxl": Member(
+        stable_diffusion_xl,
+        _sdxl,
+        x_t="sample",
+        clip=True,
+        tokens=True,
+        recipes=("sdxl-12gb", "sdxl", "sdxl-80gb"),
+    ),
+    "sd3": Member(stable_diffusion_3, _sd3, training=SHIFTED, clip=True, recipes=("sd35-medium", "sd35-large")),
+    "sd3-without-t5": Member(stable_diffusion_3_without_t5, _sd3, training=SHIFTED, clip=True),
     "flux1-dev": Member(flux, recipes=("flux1-dev",), **FLUX),
     "flux1-schnell": Member(flux_schnell, recipes=("flux1-schnell",), **FLUX),
     "sana": Member(sana, _sana, encode_pixels=_only_latent, training=SHIFTED, recipes=("sana",)),

@@ -15,7 +15,7 @@ from torch import Tensor
 from components.config import BaseModelConfig, EvaluationConfig, TrainingConfig, load_recipe, parse_recipe
 from components.curation.snapshots import SampleRow
 from components.diffusion.samplers import sampler_from_scheduler
-from components.errors import BaseModelError, Stopped
+from components.errors import BadInput, BaseModelError, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch, open_pipeline
 from components.evaluation.study import network_evaluations
 from components.families.bases import BaseModel, resolve_base
@@ -24,9 +24,14 @@ from components.latents.caching import cache_latents
 from components.latents.encoding import ShardReader, locate, pixels_of
 from components.latents.keys import caption_item, pixel_encoder_key, prompt_encoder_key, sample_item, training_buckets
 from components.latents.ragged import shortened, stacked
+from components.layouts.skeleton import skeleton_of
+from components.layouts.tokens import Token, bundled
 from components.stages import Bench, Product
-from components.training.adapters import adapter_bytes, add_adapter
+from components.tensors import to_safetensors
+from components.training.adapters import adapter_bytes, add_adapter, load_adapter
 from components.training.finetune import fine_tune, objective_of
+from components.training.imports import imported_adapter
+from components.training.texts import TextSide, text_side
 from components.workspace import Workspace
 from flows.demo import RECIPE
 from tests.families.members import MEMBERS, Member
@@ -89,19 +94,27 @@ class Trial:
         body = {"name": "x", "data": {"sources": [{"path": "."}]}, "training": keys | self.member.training}
         return parse_recipe(body, origin="the test").training
 
-    def fine_tune(self, work: str, stop_after: int | None = None) -> Product:
+    def fine_tune(self, work: str, stop_after: int | None = None, **changes: Any) -> Product:
         assert self.cached.items
         events: list[dict[str, Any]] = []
         return fine_tune(
             self.bench,
             self.rows,
             self.base,
-            self.training,
+            TrainingConfig.model_validate(self.training.model_dump() | changes),
             self.member.side,
             self.folder / work,
             on_event=events.append,
             should_stop=lambda: stop_after is not None and sum("loss" in event for event in events) >= stop_after,
         )
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        """What trains the text side: a LoRA on its encoders and, where the stock pipeline loads any, a token."""
+        learns = {"train_text_encoder": True, "text_encoder_lr": 3e-3}
+        if self.member.tokens:
+            learns |= {"placeholder_token": "sign", "num_vectors": 2, "initializer_token": "a", "ema_decay": 0.9}
+        return learns
 
     @cached_property
     def trained(self) -> Product:
@@ -374,3 +387,136 @@ def test_the_page_has_a_row_for_every_family_and_no_empty_cell():
         rows = table(section)
         assert list(rows) == list(MEMBERS)
         assert all(len(row) == cells and all(row) for row in rows.values())
+
+
+# the text side --------------------------------------------------------------------------------------------------------
+
+
+CLIP = pytest.mark.parametrize("trial", ["sd1", "sdxl", "sd3", "flux1-dev"], indirect=True)  # one of each kind
+EIGHT = [f"{shape}, {colour} sign" for shape in SHAPES[:4] for colour in ("red", "blue")]  # the cache's micro-batch
+
+
+def text_of(trial: Trial, **changes: Any) -> TextSide:
+    training = TrainingConfig.model_validate(trial.training.model_dump() | trial.text_settings | changes)
+    text = text_side(trial.base, training, "cpu", torch.float32, EIGHT)
+    assert text is not None
+    return text
+
+
+@CLIP
+@pytest.mark.parametrize("again", [False, True], ids=["kept activations", "computed again"])
+def test_prompts_are_encoded_with_gradients_as_they_are_cached_tensor_for_tensor(trial: Trial, again: bool):
+    cached = trial.base.architecture.load_prompt_encoder(trial.base.path, "cpu").encode(EIGHT)
+    cached = {name: tensor.clone() for name, tensor in cached.items()}
+    text = text_of(trial, placeholder_token=None, num_vectors=1, initializer_token=None, gradient_checkpointing=again)
+    text.train(True)
+    live = text.condition(EIGHT, cached)
+    assert live.keys() == cached.keys()
+    for name, tensor in cached.items():
+        assert torch.equal(live[name], tensor), name
+    sum(tensor.square().mean() for tensor in live.values()).backward()
+    ups = [parameter for name, parameter in text.parameters if "lora_B" in name and parameter.grad is not None]
+    assert ups and all(parameter.grad.abs().max() > 0 for parameter in ups)
+
+
+@CLIP
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_the_stock_pipeline_reads_prompts_as_the_trained_text_encoders_do(trial: Trial, kind: str):
+    """With the files' LoRA and token, tensor for tensor; alpha is not the rank."""
+    family, base, text = trial.base.architecture, trial.base.path, text_of(trial, adapter=kind)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in text.parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    denoiser = family.load_denoiser(base, "cpu")
+    add_adapter(denoiser, family, trial.training)
+    before = family.load_prompt_encoder(base, "cpu").encode(PROMPTS)
+    with torch.no_grad():
+        trained = text.condition(PROMPTS, before)
+    pipeline = trial.stock()
+    load_adapter(pipeline, adapter_bytes(denoiser, family, text.adapted, text.tokens), family, base)
+    with torch.no_grad():
+        stock = trial.member.encode_prompt(pipeline, list(PROMPTS))
+    for name, tensor in stock.items():
+        assert torch.equal(trained[name], tensor), name
+    assert max((stock[name] - before[name]).abs().max().item() for name in stock) > 1e-2
+
+
+@CLIP
+def test_text_encoders_in_half_precision_learn_in_float32_and_the_preview_draws_with_them(trial: Trial):
+    """What a GPU does, on the CPU: bfloat16 weights under autocast, and a pipeline that is bfloat16 throughout."""
+    family, base = trial.base.architecture, trial.base
+    training = TrainingConfig.model_validate(trial.training.model_dump() | trial.text_settings)
+    cached = family.load_prompt_encoder(base.path, "cpu").encode(EIGHT)
+    text = text_side(base, training, "cpu", torch.bfloat16, EIGHT)
+    assert text is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        told = text.condition(EIGHT, {name: tensor.clone() for name, tensor in cached.items()})
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in told.values())
+    sum(tensor.square().mean() for tensor in told.values()).backward()
+    grads = [parameter.grad for _, parameter in text.parameters if parameter.grad is not None]
+    assert grads and all(grad.dtype == torch.float32 for grad in grads)
+    denoiser = family.load_denoiser(base.path, "cpu", torch.bfloat16)
+    pipeline = family.load_pipeline(base.path, "cpu", torch.bfloat16, denoiser, **text.pipeline_parts)
+    assert torch.isfinite(trial.ask(pipeline, PROMPTS[:1])).all()
+
+
+@pytest.mark.parametrize("trial", ["sd1", "sdxl"], indirect=True)
+def test_a_kohya_file_of_another_program_brings_its_text_encoders_and_embeddings(trial: Trial, tmp_path: Path):
+    """With each layer's own rank and alpha: prompts are read with the base's weights plus the update."""
+    base, bones, clips = trial.base, skeleton_of(trial.base), trial.base.architecture.clip_parts
+    names = {part: f"lora_te{place if len(clips) > 1 else ''}_text_model_encoder_layers_" for place, part in
+             enumerate(clips, 1)}  # fmt: skip
+    generator, tensors = torch.Generator().manual_seed(3), {}
+    layers = (("0.self_attn.q_proj", 2, 1.0), ("0.self_attn.out_proj", 4, 1.0), ("0.mlp.fc1", 4, 4.0))
+    for name in names.values():
+        for module, rank, alpha in ((layer.replace(".", "_"), *rest) for layer, *rest in layers):
+            out = 32 if module.endswith("fc1") else 16
+            tensors |= {f"{name}{module}.lora_down.weight": torch.randn(rank, 16, generator=generator),
+                        f"{name}{module}.lora_up.weight": torch.randn(out, rank, generator=generator),
+                        f"{name}{module}.alpha": torch.tensor(alpha)}  # fmt: skip
+    unet = next(path for path in bones.shapes["unet"] if path.endswith("attn1.to_q"))
+    width = bones.shapes["unet"][unet][0]
+    tensors |= {f"lora_unet_{unet.replace('.', '_')}.lora_down.weight": torch.zeros(1, width),
+                f"lora_unet_{unet.replace('.', '_')}.lora_up.weight": torch.zeros(width, 1)}  # fmt: skip
+    token = Token("<x>", {part: torch.randn(2, 16, generator=generator) for part in clips})
+    path = tmp_path / "theirs.safetensors"
+    path.write_bytes(to_safetensors(tensors | bundled([token], base.family)))
+    data, facts = imported_adapter(path, base)
+    assert facts["kinds"] == {"LoRA": 3 * len(clips) + 1}
+    prompts, pipeline, merged = ["a <x>, red sign"], trial.stock(), trial.stock()
+    load_adapter(pipeline, data, base.architecture, base.path)
+    load_adapter(merged, to_safetensors(bundled([token], base.family)), base.architecture, base.path)
+    for part, name in names.items():
+        model = getattr(merged, part)
+        for module, rank, alpha in layers:
+            key = f"{name}{module.replace('.', '_')}"
+            layer = next(layer for found, layer in model.named_modules() if found.endswith(f"layers.{module}"))
+            layer.weight.data += alpha / rank * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+    with torch.no_grad():
+        theirs, ours = (trial.member.encode_prompt(stock, list(prompts)) for stock in (merged, pipeline))
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-4)
+
+
+@CLIP
+def test_a_training_of_the_text_side_that_was_stopped_ends_with_the_bytes_of_an_unbroken_one(trial: Trial):
+    unbroken = trial.fine_tune("text unbroken", **trial.text_settings)
+    with pytest.raises(Stopped):
+        trial.fine_tune("text broken", stop_after=2, **trial.text_settings)
+    broken = trial.fine_tune("text broken", **trial.text_settings)
+    assert {name: ref.sha256 for name, ref in broken.outputs.items()} == {
+        name: ref.sha256 for name, ref in unbroken.outputs.items()
+    }
+    assert unbroken.outputs["adapter"].sha256 != trial.trained.outputs["adapter"].sha256
+
+
+def test_text_encoders_that_are_no_clip_and_tokens_that_the_stock_pipeline_cannot_load_are_refused(trial: Trial):
+    family = trial.base.architecture
+    assert bool(family.clip_parts) == trial.member.clip
+    refused = {"placeholder_token": ("<x>", "loads no learned tokens")} if not trial.member.tokens else {}
+    if not trial.member.clip:
+        refused = {"train_text_encoder": (True, "language model"), "placeholder_token": ("<x>", "language model")}
+    for key, (value, complaint) in refused.items():
+        with pytest.raises(BadInput, match=complaint):
+            text_side(trial.base, TrainingConfig.model_validate({key: value}), "cpu", torch.float32, ["a <x>"])

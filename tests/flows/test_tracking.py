@@ -33,7 +33,7 @@ from tests.conftest import Served
 from tests.services import Proxy, proxied
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = ["red rocket", "blue cat"]
+PROMPTS = ["red <icon> rocket", "blue cat"]
 
 
 def recipe_called(name: str) -> dict[str, Any]:
@@ -418,20 +418,22 @@ time.sleep(60)
 
 @dataclass(frozen=True)
 class Trained:
-    """A tiny base on disk, the adapters of two checkpoints, and pictures drawn with the final one."""
+    """A tiny base on disk, the adapters of two checkpoints, and the pictures drawn with each."""
 
     base: Any
     checkpoints: tuple[Checkpoint, ...]
-    pictures: list[Image.Image]
+    pictures: list[list[Image.Image]]
 
 
 def train(bench: Bench, folder: Path) -> Trained:
+    """The final checkpoint has a LoRA on the text encoder and a token of two vectors as well."""
     import torch
     from peft import LoraConfig
 
     from components.config import BaseModelConfig
     from components.evaluation.generation import Request, Settings, draw_batch, open_pipeline
     from components.families.bases import resolve_base
+    from components.layouts.tokens import Token
     from components.training.adapters import adapter_bytes
     from tests.tiny import tiny_stable_diffusion
 
@@ -441,20 +443,24 @@ def train(bench: Bench, folder: Path) -> Trained:
     for step in (10, 20):
         unet: Any = base.architecture.load_denoiser(base.path, "cpu")
         unet.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"]))
+        text: Any = base.architecture.load_clip_prompts(base.path, "cpu", torch.float32).clips[0].model
+        text.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "fc1"]))
         generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
-            for name, parameter in unet.named_parameters():
+            for name, parameter in [*unet.named_parameters(), *text.named_parameters()]:
                 if "lora_" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        sha256 = bench.store.put(adapter_bytes(unet, base.architecture)).sha256
-        checkpoints.append(Checkpoint(step, sha256))
+        token = Token("<icon>", {"text_encoder": torch.randn(2, 16, generator=generator)})
+        learnt = ({"text_encoder": text}, [token]) if step == 20 else ({}, [])
+        checkpoints.append(Checkpoint(step, bench.store.put(adapter_bytes(unet, base.architecture, *learnt)).sha256))
     requests = [Request(i, prompt, None, seed=7 + i) for i, prompt in enumerate(PROMPTS)]
-    pipeline = open_pipeline(bench.store, base, checkpoints[-1].sha256, "auto")
-    return Trained(base, tuple(checkpoints), draw_batch(pipeline, requests, Settings(3, 2.0, "auto", 32, 2, 1)))
+    pipelines = [open_pipeline(bench.store, base, checkpoint.sha256, "auto") for checkpoint in checkpoints]
+    settings = Settings(3, 2.0, "auto", 32, 2, 1)
+    return Trained(base, tuple(checkpoints), [draw_batch(pipeline, requests, settings) for pipeline in pipelines])
 
 
 @pytest.mark.services
-def test_every_checkpoint_becomes_a_model_and_the_registered_one_draws_the_gallerys_bits_in_another_process(
+def test_every_checkpoint_becomes_a_model_that_draws_the_gallerys_bits_in_another_process(
     bench: Bench, mlflow_url: str, tmp_path: Path
 ):
     trained, run_uid = train(bench, tmp_path), open_run(bench, "registered")
@@ -500,15 +506,16 @@ import mlflow, mlflow.diffusers, torch
 from components.evaluation.generation import Request, Settings, draw_batch
 torch.set_num_threads(1)
 mlflow.set_tracking_uri({mlflow_url!r})
-pipeline = mlflow.diffusers.load_model("models:/registered@challenger").load_pipeline()
 requests = [Request(i, prompt, None, seed=7 + i) for i, prompt in enumerate({PROMPTS!r})]
-for i, picture in enumerate(draw_batch(pipeline, requests, Settings(3, 2.0, "auto", 32, 2, 1))):
-    picture.save(f"{tmp_path}/{{i}}.png")
+for place, uri in enumerate(["models:/{first.model_ids[10]}", "models:/registered@challenger"]):
+    pipeline = mlflow.diffusers.load_model(uri).load_pipeline()
+    for i, picture in enumerate(draw_batch(pipeline, requests, Settings(3, 2.0, "auto", 32, 2, 1))):
+        picture.save(f"{tmp_path}/{{place}}-{{i}}.png")
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
-    drawn = [Image.open(tmp_path / f"{i}.png").tobytes() for i in range(2)]
-    assert drawn == [picture.tobytes() for picture in trained.pictures]
-    assert drawn[0] != drawn[1]
+    drawn = [[Image.open(tmp_path / f"{place}-{i}.png").tobytes() for i in range(2)] for place in range(2)]
+    assert drawn == [[picture.tobytes() for picture in pictures] for pictures in trained.pictures]
+    assert len({*drawn[0], *drawn[1]}) == 4
 
 
 def assert_logged(url: str, run_uid: str, registration: Registration) -> None:

@@ -14,7 +14,7 @@ from components.errors import BadInput
 from components.layouts.files import read_adapter
 from components.layouts.layers import Layer
 from components.layouts.names import ARCHITECTURES, LAYOUTS
-from components.layouts.reading import import_layers, layers_of, stored_layers
+from components.layouts.reading import import_adapter, layers_of, stored_layers
 from components.layouts.writing import comfyui_tensors, diffusers_tensors, kohya_tensors
 from components.tensors import to_safetensors
 from tests.layouts.models import skeleton, trained_lora
@@ -157,7 +157,7 @@ def test_a_file_that_is_not_for_this_base_is_refused_with_what_it_is(tmp_path: P
     path = tmp_path / "lora.safetensors"
     path.write_bytes(to_safetensors(make()))
     with pytest.raises(BadInput, match=complaint) as refusal:
-        import_layers(path, skeleton(pipeline))
+        import_adapter(path, skeleton(pipeline))
     assert "\n" not in str(refusal.value)
     assert str(path) in str(refusal.value)
 

@@ -59,8 +59,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "schedule-free": {"optimizer": "adamwschedulefree", "lr_warmup_steps": 3},
     "lion": {"optimizer": "lion"},
     "muon": {"optimizer": "muon", "lr_scheduler": "cosine"},
+    "text encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-3, "caption_dropout_rate": 0.5},
+    "pivotal": {"train_text_encoder": True, "placeholder_token": "sign", "num_vectors": 2, "ema_decay": 0.9},
     "two processes": {"num_processes": 2},
     "two processes, accumulation": {"num_processes": 2, "gradient_accumulation_steps": 2, "ema_decay": 0.9},
+    "two processes, pivotal": {"num_processes": 2, "placeholder_token": "sign", "initializer_token": "a"},
     "two processes, prodigy": {"num_processes": 2, "optimizer": "prodigy", "learning_rate": 1.0},
 }
 MOMENTS = [("step", step) for step in range(1, STEPS + 1)] + [("checkpoint", step) for step in range(2, STEPS + 1, 2)]
@@ -222,6 +225,7 @@ def warm(folder: Path) -> None:
 
     base = resolve_base(BaseModelConfig(model=str(folder / "base")))
     add_adapter(base.architecture.load_denoiser(base.path, "cpu"), base.architecture, TrainingConfig())
+    base.architecture.load_clip_prompts(base.path, "cpu", torch.float32)
 
 
 def main() -> None:

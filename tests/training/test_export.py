@@ -19,6 +19,7 @@ from peft import LoHaConfig, LoraConfig
 from PIL import Image
 from sqlalchemy import select
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from components.catalog.models import (
     Adapter,
@@ -37,6 +38,7 @@ from components.families.stable_diffusion import StableDiffusion
 from components.layouts.files import read_adapter
 from components.layouts.names import Layout
 from components.layouts.reading import stored_layers
+from components.layouts.tokens import Token
 from components.stages import Bench, canonical_json
 from components.training.adapters import adapter_bytes
 from components.training.export import export_adapter
@@ -105,9 +107,9 @@ def loaded_by_diffusers(base: Path, folder: Path, weight_name: str) -> Tensor:
     return output(pipeline.unet)
 
 
-def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path) -> str:
-    """An adapter with the run, snapshot, evaluation and picture that lead to it."""
-    ref = bench.store.put(adapter_bytes(unet, StableDiffusion()))
+def store_adapter(bench: Bench, unet: UNet2DConditionModel, base: Path, *learnt: Any) -> str:
+    """An adapter with the run, snapshot, evaluation and picture that lead to it; `learnt` is its text side."""
+    ref = bench.store.put(adapter_bytes(unet, StableDiffusion(), *learnt))
     drawn = bench.store.put(picture())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows()], schema=MANIFEST_SCHEMA), sink)
@@ -368,6 +370,39 @@ def test_without_its_data_an_adapter_is_exported_with_what_is_known(bench: Bench
     bench.store.path(digest).unlink()
     _, metadata = read_adapter(export_adapter(bench, sha256, tmp_path / "out").files["kohya"])
     assert metadata["ss_num_train_images"] == "2" and "ss_tag_frequency" not in metadata
+
+
+def test_text_layers_and_a_token_go_into_every_layout_and_the_card_says_the_word(
+    bench: Bench, tmp_path: Path, base: Path
+):
+    text = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+    text.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "fc2"], use_dora=True))  # type: ignore[arg-type]
+    token = Token("<icon>", {"text_encoder": torch.ones(2, 16)})
+    sha256 = store_adapter(bench, adapted_unet(base), base, {"text_encoder": text}, [token])
+    export = export_adapter(bench, sha256, tmp_path / "out", ("diffusers", "kohya", "comfyui"))
+    assert {name: path.name for name, path in export.files.items()} == {
+        "diffusers": "pytorch_lora_weights.safetensors",
+        "kohya": "icons.safetensors",
+        "comfyui": "icons-comfyui.safetensors",
+        "embeddings": "learned_embeds.safetensors",
+    }
+    keys = {name: set(read_adapter(path)[0]) for name, path in export.files.items()}
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    assert f"text_encoder.{layer}.lora_magnitude_vector.weight" in keys["diffusers"]  # as transformers loads it
+    assert {f"lora_te_{layer.replace('.', '_')}.{leaf}" for leaf in ("alpha", "dora_scale")} <= keys["kohya"]
+    assert f"text_encoders.clip_l.transformer.{layer}.lora_A.weight" in keys["comfyui"]
+    assert keys["embeddings"] == {"<icon>"}
+    bundled = {name for name, found in keys.items() if "bundle_emb.<icon>.string_to_param.*" in found}
+    assert bundled == {"kohya", "comfyui"}
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.load_textual_inversion(str(export.folder))
+    pipeline.load_lora_weights(str(export.folder), weight_name=export.files["diffusers"].name)
+    assert pipeline.tokenizer.tokenize("<icon> <icon>_1") == ["<icon>", "<icon>_1"]
+    _, metadata = read_adapter(export.files["kohya"])
+    assert metadata["modelspec.trigger_phrase"] == "<icon>"
+    card = export.card.read_text()
+    assert 'instance_prompt: "<icon>"' in card
+    assert 'pipeline.load_textual_inversion(".", weight_name="learned_embeds.safetensors")' in card
 
 
 def test_an_adapter_whose_bytes_were_altered_is_not_exported(bench: Bench, tmp_path: Path, base: Path):

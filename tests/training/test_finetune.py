@@ -33,6 +33,8 @@ def outputs(chain: Chain, product) -> dict[str, str]:
     return {name: ref.sha256 for name, ref in product.outputs.items()}
 
 
+PIVOTAL = ("training.train_text_encoder=true", "training.placeholder_token=sign", "training.num_vectors=2",
+           "training.ema_decay=0.9")  # fmt: skip
 STATES = ("training.max_train_steps=7", "training.checkpointing_steps=3", "training.preview_prompts=0")
 
 
@@ -61,6 +63,9 @@ class PowerCut(list):
         (STATES, ("training.optimizer=adamwschedulefree", "training.lr_warmup_steps=4")),
         (STATES, ("training.optimizer=lion", "training.train_batch_size=50", "training.ema_decay=0.9")),
         (STATES, ("training.optimizer=muon", "training.targets=all", "training.mixed_precision=fp16")),
+        (STATES, ("training.train_text_encoder=true", "training.text_encoder_lr=1e-2", "training.optimizer=lion")),
+        (STATES, (*PIVOTAL, "training.gradient_accumulation_steps=2", "training.lora_dropout=0.2")),
+        (STATES, (*PIVOTAL, "training.optimizer=prodigy", "training.learning_rate=1.0")),
     ],
 )
 def test_a_training_stopped_and_cut_off_ends_with_the_bytes_of_an_unbroken_one(
@@ -89,7 +94,7 @@ def test_a_batch_that_once_did_not_fit_stays_in_halves_when_the_training_is_resu
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ):
     """Memory runs out in the third pass of a training that starts; sums over other passes would round differently."""
-    recipe, passes = chain.recipe(*STATES), 0
+    recipe, passes = chain.recipe(*STATES, *PIVOTAL), 0
     denoise = finetune._FineTuning._denoise
 
     def cramped(self, *arguments) -> torch.Tensor:
@@ -117,7 +122,7 @@ def test_gradient_checkpointing_keeps_fewer_activations_and_changes_no_bit(chain
             kept[checkpointing] += tensor.nbytes
             return tensor
 
-        recipe = chain.recipe(*STATES, f"training.gradient_checkpointing={checkpointing}")
+        recipe = chain.recipe(*STATES, *PIVOTAL, f"training.gradient_checkpointing={checkpointing}")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             return outputs(chain, chain.fine_tune(recipe, work=checkpointing))
 
@@ -133,12 +138,14 @@ def test_two_processes_fine_tune_like_one_with_twofold_accumulation(chain: Chain
         "key": "shared",
         "snapshot": chain.snapshot(chain.recipe()),
         "base": {"model": str(chain.base_path)},
-        "training": chain.recipe(*STATES, "training.num_processes=2").training.model_dump(mode="json"),
+        "training": chain.recipe(*STATES, *PIVOTAL, "training.num_processes=2").training.model_dump(mode="json"),
         "resolution": training_size(chain.base(), chain.recipe().training),
     }
     events: list[dict] = []
     shared = STAGES["fine-tune"](chain.bench, request, events.append)
-    alone = chain.fine_tune(chain.recipe(*STATES, "training.gradient_accumulation_steps=2"), work="accumulated")
+    alone = chain.fine_tune(
+        chain.recipe(*STATES, *PIVOTAL, "training.gradient_accumulation_steps=2"), work="accumulated"
+    )
 
     def tensors(product) -> dict[str, torch.Tensor]:
         return load(chain.bench.store.read(product.outputs["adapter"].sha256))

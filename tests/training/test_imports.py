@@ -18,7 +18,7 @@ from components.errors import BadInput, RecipeError, Stopped
 from components.evaluation.generation import Request, Settings, draw_gallery
 from components.layouts.files import read_adapter
 from components.layouts.names import Layout
-from components.layouts.reading import import_layers, layers_of, stored_layers
+from components.layouts.reading import import_adapter, layers_of, stored_layers
 from components.layouts.skeleton import skeleton_of
 from components.layouts.writing import stored_tensors
 from components.tensors import to_safetensors
@@ -137,7 +137,7 @@ def test_what_training_on_would_lose_is_refused(chain: Chain, tmp_path: Path):
     (layer, *_) = stored_layers(lokr.tensors, lokr.metadata)
     files = {
         "LoKr of another program can be evaluated, not trained on": tensors_in("kohya", lokr.layers, bones),
-        "which training the unet alone would lose": tensors_in(
+        "holds layers of the text_encoder, which training without it would lose": tensors_in(
             "kohya", [replace(layer, part="text_encoder", path="encoder.layers.0.mlp.fc1", kind="lora",
                               weights={"down": torch.ones(1, 16), "up": torch.ones(32, 1)})], bones),
     }  # fmt: skip
@@ -189,12 +189,12 @@ def test_a_file_is_converted_resized_merged_and_extracted_again(chain: Chain, tm
     assert extracted.error < 1e-5
     bones = skeleton_of(base)
     for file in (*made.files.values(), *extracted.files.values()):
-        layers = import_layers(file, bones)
+        layers, _ = import_adapter(file, bones)
         assert sorted(layer.path for layer in layers) == sorted(adapter.merged)
         for layer in layers:
             assert (layer.applied_to(bones.weight("unet", layer.path)) - adapter.merged[layer.path]).abs().max() < 1e-5
     resized = convert(path, base, tmp_path / "resized", ["kohya"], rank=2)
-    assert {layer.rank for layer in import_layers(resized.files["kohya"], bones)} == {2}
+    assert {layer.rank for layer in import_adapter(resized.files["kohya"], bones)[0]} == {2}
     _, metadata = read_adapter(resized.files["kohya"])
     assert 0 < float(metadata["safelight.frobenius_error"]) == pytest.approx(resized.error, rel=1e-5)
     with pytest.raises(BadInput, match="say with --rank which rank"):
