@@ -340,7 +340,7 @@ def _data_section(origin: Origin) -> str:
         lines += ["", f"Held out: a share of {curation.get('test_fraction')} of the components that duplicates and "
                       "groups join, where the data names no split; none is on both sides.",
                   "", "| curation | value |", "|---|---|",
-                  *(f"| `{name}` | {value} |" for name, value in curation.items())]
+                  *(f"| `{name}` | {value} |" for name, value in curation.items() if value is not None)]
     return "\n".join(lines)
 
 
