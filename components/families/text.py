@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.families.placement import placed
+
 if TYPE_CHECKING:
     import torch
 
@@ -11,15 +13,26 @@ if TYPE_CHECKING:
 class TextModel:
     """A base's tokenizer and text model number `place` (1 is called "text_encoder", 2 "text_encoder_2", ...)."""
 
-    def __init__(self, base: Path, place: int, tokenizer: str, model: str, device: str, dtype: "torch.dtype"):
+    def __init__(
+        self,
+        base: Path,
+        place: int,
+        tokenizer: str,
+        model: str,
+        device: str,
+        dtype: "torch.dtype",
+        *,
+        headless: bool = False,
+    ):
+        """`headless` leaves away a language model's last layer, which is as wide as the vocabulary."""
         import transformers
 
         suffix = "" if place == 1 else f"_{place}"
         self.tokenizer: Any = getattr(transformers, tokenizer).from_pretrained(base, subfolder=f"tokenizer{suffix}")
-        self.model: Any = getattr(transformers, model).from_pretrained(
+        whole: Any = getattr(transformers, model).from_pretrained(
             base, subfolder=f"text_encoder{suffix}", dtype=dtype, use_safetensors=True
         )
-        self.model.eval().to(device)
+        self.device, self.model = device, placed((whole.base_model if headless else whole).eval(), device)
 
     def __call__(self, prompts: Sequence[str], max_length: int | None = None, **options: Any) -> Any:
         """The model's output for prompts that are padded to `max_length` tokens (None: the tokenizer's) or cut there.
@@ -35,7 +48,7 @@ class TextModel:
             return_tensors="pt",
             max_length=max_length or self.tokenizer.model_max_length,
         )
-        device = self.model.device
-        mask = tokens.attention_mask.to(device) if getattr(self.model.config, "use_attention_mask", False) else None
+        masked = getattr(self.model.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
         with torch.inference_mode():
-            return self.model(tokens.input_ids.to(device), attention_mask=mask, **options)
+            return self.model(tokens.input_ids.to(self.device), attention_mask=mask, **options)
