@@ -154,8 +154,10 @@ class _FineTuning:
         self.passes, self.scaler = Passes(), LossScaler(self.device, enabled=self.precision is torch.float16)
         self.scaled_latents = self.family.scaled_latents(base.path)
         self.objective = objective_of(base, training)
-        bf16 = self.precision is torch.bfloat16
-        self.dtype = self.family.dtype(self.device) if bf16 else torch.float32  # of what does not train
+        bf16 = self.precision is torch.bfloat16 and self.device != "cpu"
+        self.dtype = (
+            torch.bfloat16 if bf16 else torch.float32
+        )  # of what does not train: autocast casts it anyway
         self.denoiser: Any = self.family.load_denoiser(base.path, loading_device(training, self.device), self.dtype)
         self.initial: dict[str, Any] = {}  # rank and alpha where a file decides them
         if training.init_adapter is None:
