@@ -239,6 +239,16 @@ class TrainingConfig(Config):
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations again in the backward pass: less memory, a third more time."
     )
+    base_precision: Literal["auto", "fp8", "int8", "nf4"] = Field(
+        default="auto",
+        description="Of the frozen base's linear layers; auto: as mixed_precision says; nf4: 4 bits a weight.",
+    )
+    compile: bool = Field(
+        default=False, description="Compile the denoiser's blocks: minutes at the start, then faster steps."
+    )
+    cuda_graphs: bool = Field(
+        default=False, description="Replay passes as CUDA graphs, one per bucket: for small models in small batches."
+    )
     num_processes: int = Field(
         default=1,
         ge=1,
@@ -366,6 +376,16 @@ class TrainingConfig(Config):
                 )
         if self.loss_weighting == "min_snr" and self.snr_gamma is None:
             raise ValueError("loss_weighting is 'min_snr', but snr_gamma is not set, expected a number such as 5.0")
+        if self.cuda_graphs and (self.train_text_encoder or self.placeholder_token is not None):
+            raise ValueError(
+                "cuda_graphs is True, but the text side is trained as well, expected one of them: a graph's prompts"
+                " have no gradient; use compile instead"
+            )
+        if self.cuda_graphs and self.gradient_checkpointing:
+            raise ValueError(
+                "cuda_graphs is True, but gradient_checkpointing is True as well, expected one of them: graphs are for"
+                " models that leave the GPU waiting"
+            )
         if self.stratified_timesteps and self.train_batch_size == 1:
             raise ValueError("stratified_timesteps is True, but train_batch_size is 1, expected at least 2")
         return self

@@ -101,6 +101,8 @@ class TorchChild:
                 "MKL_NUM_THREADS": threads,
                 "TOKENIZERS_PARALLELISM": "false",
                 "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
+                "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF")
+                or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),  # buckets do not fragment it
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             }
             self._log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from components.config import EvaluationConfig
 from components.diffusion.samplers import sampler_from_scheduler
 from components.families import FAMILIES
 from components.families.bases import BaseModel
+from components.families.placement import place_pipeline, release_memory
 from components.stages import Bench, Product, ensure, stage_key
 from components.storage import Store
 from components.tensors import default_device
@@ -116,13 +117,14 @@ def open_pipeline(store: Store, base: BaseModel, adapter_sha256: str | None, sch
     Raises: BaseModelError when `scheduler` names a sampler that is not for the base or its stock pipeline.
     """
     family, device = base.architecture, default_device()
-    pipeline = family.load_pipeline(base.path, device, family.dtype(device))
+    release_memory()  # of the pipeline before
+    pipeline = family.load_pipeline(base.path, "cpu", family.dtype(device))
     if scheduler != "auto":
         config = pipeline.scheduler.config
         pipeline.scheduler = sampler_from_scheduler(scheduler, config, unfit=family.unfit_samplers(config))
     if adapter_sha256 is not None:
         load_adapter(pipeline, store.read(adapter_sha256), base.architecture, base.path)
-    return pipeline
+    return place_pipeline(pipeline, family.denoiser_part, device)
 
 
 def draw_batch(pipeline: Any, requests: Sequence[Request], settings: Settings) -> list[Any]:

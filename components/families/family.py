@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from components.families.placement import place_pipeline
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -167,7 +169,8 @@ class Family(ABC):
         index = read_config(base, ".", "model_index.json")
         given: dict[str, Any] = {part: None for part in self.optional_parts if not has_part(index, part)}
         given |= parts if denoiser is None else parts | {self.denoiser_part: denoiser}
-        pipeline = cls.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **given).to(device)
+        pipeline = cls.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **given)
+        place_pipeline(pipeline, self.denoiser_part, device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

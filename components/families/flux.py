@@ -83,7 +83,7 @@ class Flux(Family):
             pooled_projections=cond["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device),
-            img_ids=image_ids(height // PATCH, width // PATCH).to(x_t.device),
+            img_ids=image_ids(height // PATCH, width // PATCH, x_t.device),
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)
@@ -117,9 +117,10 @@ def unpacked(tokens: "Tensor", height: int, width: int) -> "Tensor":
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // PATCH**2, height, width)
 
 
-def image_ids(rows: int, columns: int) -> "torch.Tensor":
-    """(rows * columns, 3): 0, row and column of every token."""
+def image_ids(rows: int, columns: int, device: "torch.device") -> "torch.Tensor":
+    """(rows * columns, 3): 0, row and column of every token. Made on the device, a CUDA graph copies nothing to it."""
     import torch
 
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    lines = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    row, column = torch.meshgrid(*lines, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).float()

@@ -11,6 +11,7 @@ from components.families.joint_attention import ATTENTION, BLOCKS, EVERYTHING
 from components.families.language_model import LanguageModelFamily
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from components.families.family import Normal, Tensors
@@ -100,8 +101,8 @@ class Flux2Klein(LanguageModelFamily):
             hidden_states=x_t.flatten(2).transpose(1, 2),
             timestep=timestep / TIME_UNITS,
             encoder_hidden_states=embeds,
-            txt_ids=positions(1, 1, 1, embeds.shape[1]).to(x_t.device).expand(batch, -1, -1),
-            img_ids=positions(1, height, width, 1).to(x_t.device).expand(batch, -1, -1),
+            txt_ids=positions(1, 1, 1, embeds.shape[1], device=x_t.device).expand(batch, -1, -1),
+            img_ids=positions(1, height, width, 1, device=x_t.device).expand(batch, -1, -1),
             return_dict=False,
         )[0]
         return tokens.transpose(1, 2).unflatten(2, (height, width))
@@ -110,8 +111,8 @@ class Flux2Klein(LanguageModelFamily):
         return ("flow_heun",) if scheduler.get("use_dynamic_shifting") else (*MULTISTEP, "flow_heun")
 
 
-def positions(*sizes: int) -> "Tensor":
+def positions(*sizes: int, device: "torch.device") -> "Tensor":
     """(product of sizes, 4): frame, row, column and place in the text of every token."""
     import torch
 
-    return torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))

@@ -46,10 +46,10 @@ class StockPromptEncoder:
     def __init__(self, family: LanguageModelFamily, base: Path, device: str):
         import diffusers
 
-        text = TextModel(base, 1, family.tokenizer, family.text_encoder, device, family.dtype(device))
-        headless = text.model.base_model  # the head's output, as wide as the vocabulary, is read by nobody
+        dtype = family.dtype(device)
+        text = TextModel(base, 1, family.tokenizer, family.text_encoder, device, dtype, headless=True)
         cls: Any = getattr(diffusers, family.pipeline)
-        self._stock = cls(tokenizer=text.tokenizer, text_encoder=headless, vae=None, transformer=None, scheduler=None)
+        self._stock = cls(tokenizer=text.tokenizer, text_encoder=text.model, vae=None, transformer=None, scheduler=None)
         self._family = family
 
     def encode(self, prompts: Sequence[str]) -> "Tensors":

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.families.placement import placed
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,16 +16,27 @@ if TYPE_CHECKING:
 class TextModel:
     """A base's tokenizer and text model number `place` (1 is called "text_encoder", 2 "text_encoder_2", ...)."""
 
-    def __init__(self, base: Path, place: int, tokenizer: str, model: str, device: str, dtype: "torch.dtype"):
+    def __init__(
+        self,
+        base: Path,
+        place: int,
+        tokenizer: str,
+        model: str,
+        device: str,
+        dtype: "torch.dtype",
+        *,
+        headless: bool = False,
+    ):
+        """`headless` leaves away a language model's last layer, which is as wide as the vocabulary."""
         import transformers
 
         suffix = "" if place == 1 else f"_{place}"
         self.part, self.tokenizer_part = f"text_encoder{suffix}", f"tokenizer{suffix}"  # of the pipeline
         self.tokenizer: Any = getattr(transformers, tokenizer).from_pretrained(base, subfolder=self.tokenizer_part)
-        self.model: Any = getattr(transformers, model).from_pretrained(
+        whole: Any = getattr(transformers, model).from_pretrained(
             base, subfolder=self.part, dtype=dtype, use_safetensors=True
         )
-        self.model.eval().to(device)
+        self.device, self.model = device, placed((whole.base_model if headless else whole).eval(), device)
         self.learned = False  # whether the tokenizer was given tokens, which may stand for several vectors each
 
     def __call__(self, prompts: Sequence[str], max_length: int | None = None, **options: Any) -> Any:
@@ -38,9 +51,9 @@ class TextModel:
             return_tensors="pt",
             max_length=max_length or self.tokenizer.model_max_length,
         )
-        device = self.model.device
-        mask = tokens.attention_mask.to(device) if getattr(self.model.config, "use_attention_mask", False) else None
-        return self.model(tokens.input_ids.to(device), attention_mask=mask, **options)
+        masked = getattr(self.model.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
+        return self.model(tokens.input_ids.to(self.device), attention_mask=mask, **options)
 
     def _spelled(self, prompts: Sequence[str]) -> list[str]:
         """A learned token with the names of all its vectors in its place, by the stock pipelines' own function."""

@@ -7,6 +7,7 @@ import torch
 
 from components.curation.snapshots import SampleRow
 from components.families.bases import BaseModel
+from components.families.placement import release_memory
 from components.latents.buckets import Bucket
 from components.latents.encoding import Tensors, encode_missing, locate, pixels_of, shard_refs
 from components.latents.keys import (
@@ -89,7 +90,11 @@ def _encode_captions(bench: Bench, base: BaseModel, items: list[Item], advance: 
         tensors = encoder.encode([item.caption for item in batch])
         return {name: tensor.to(stored) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
-    return encode_missing(bench, prompt_encoder_key(base), items, encode, advance)
+    try:
+        return encode_missing(bench, prompt_encoder_key(base), items, encode, advance)
+    finally:
+        encoder = None
+        release_memory()
 
 
 def _encode_images(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
@@ -102,7 +107,11 @@ def _encode_images(bench: Bench, base: BaseModel, items: list[Item], advance: Ca
             name: tensor.to(torch.float16) for name, tensor in encoder.encode(pixels_of(bench.store, batch)).items()
         }
 
-    return _encode_by_bucket(bench, pixel_encoder_key(base), items, encode, advance)
+    try:
+        return _encode_by_bucket(bench, pixel_encoder_key(base), items, encode, advance)
+    finally:
+        encoder = None
+        release_memory()
 
 
 def _encode_masks(bench: Bench, base: BaseModel, items: list[Item]) -> None:

@@ -24,6 +24,7 @@ from components.errors import BadInput, BaseModelError, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
 from components.families.bases import BaseModel
+from components.families.placement import release_memory
 from components.latents.encoding import Tensors
 from components.latents.keys import NULL_PROMPT, caption_item
 from components.latents.ragged import replaced
@@ -31,6 +32,7 @@ from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
 from components.tensors import default_device, device_name, to_safetensors
+from components.training.acceleration import GraphedPasses, loading_device, prepare, tensor_cores
 from components.training.adapters import adapter_bytes, add_adapter, limit_norms
 from components.training.checkpoints import (
     newest_checkpoint,
@@ -116,7 +118,9 @@ def fine_tune(
     if not train.rows:
         raise BadInput("the train split is empty; lower curation.test_fraction or add pictures")
     splits = train, held_out, held_out_rows
-    return _FineTuning(bench, base, training, resolution, *splits, work_dir, on_event, should_stop, processes)()
+    release_memory()  # of what drew the class
+    with tensor_cores(default_device()):
+        return _FineTuning(bench, base, training, resolution, *splits, work_dir, on_event, should_stop, processes)()
 
 
 def _spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
@@ -151,16 +155,20 @@ class _FineTuning:
         self.passes, self.scaler = Passes(), LossScaler(self.device, enabled=self.precision is torch.float16)
         self.scaled_latents = self.family.scaled_latents(base.path)
         self.objective = objective_of(base, training)
-        bf16 = self.precision is torch.bfloat16
-        self.dtype = self.family.dtype(self.device) if bf16 else torch.float32  # of what does not train
-        self.denoiser = self.family.load_denoiser(base.path, self.device, self.dtype)
+        bf16 = self.precision is torch.bfloat16 and self.device != "cpu"
+        self.dtype = torch.bfloat16 if bf16 else torch.float32  # of frozen weights, which autocast would cast each time
+        self.denoiser: Any = self.family.load_denoiser(base.path, loading_device(training, self.device), self.dtype)
         self.initial: dict[str, Any] = {}  # rank and alpha where a file decides them
         if training.init_adapter is None:
             self.parameters = add_adapter(self.denoiser, self.family, training)
         else:
             self.parameters, self.initial = continue_adapter(self.denoiser, base, training)
         if training.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+            self.denoiser.enable_gradient_checkpointing()
+        self.null = self.family.null_condition(base.path, train.prompts([caption_item(NULL_PROMPT).key]))
+        prepare(self.denoiser, training, self.device, self.null)
+        trained = [parameter for _, parameter in self.parameters]
+        self.denoise = GraphedPasses(self._denoise, trained) if training.cuda_graphs else self._denoise
         self.text = text_side(base, training, self.device, self.dtype, train.texts.values())
         self.parameters += self.text.parameters if self.text else []
         self.optimizer = OPTIMIZERS[training.optimizer](self.parameters, training)
@@ -169,7 +177,6 @@ class _FineTuning:
         if (text := self.text) is not None:
             self.optimizer.register_step_post_hook(lambda *_: text.settle())
         self.ema = ExponentialAverage(self.parameters, training.ema_decay) if training.ema_decay else None
-        self.null = self.family.null_condition(base.path, train.prompts([caption_item(NULL_PROMPT).key]))
         self.preview_prompts = choose_prompts(held_out_rows, training.preview_prompts) if held_out_rows else []
         self.log: list[dict[str, Any]] = []
         self.losses: dict[str, Tensor] = {}  # "base" and "<step>" -> (N, T)
@@ -189,7 +196,9 @@ class _FineTuning:
             self._publish(0)
         self._train(True)
         done_batches = start * training.gradient_accumulation_steps * self.processes.count
-        positions = batches_from(done_batches, self.train.ids, training.train_batch_size, seed=training.seed)
+        positions = batches_from(
+            done_batches, self.train.ids, training.train_batch_size, seed=training.seed, buckets=self.train.buckets
+        )
         done = fit(
             [parameter for _, parameter in self.parameters],
             map(self.train.at, positions),
@@ -255,7 +264,7 @@ class _FineTuning:
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
         cond, latents = self._condition(batch, self.text, dropped), self._latents(batch, draw)
-        losses = self.objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents))
+        losses = self.objective.per_sample(self.denoise, latents, cond, draw, self._cells(batch, latents))
         return (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
 
     def _cells(self, batch: LatentBatch, latents: Tensor) -> Tensor | None:
@@ -365,7 +374,8 @@ class _FineTuning:
             cond, latents = self._condition(batch, text), self._latents(batch, draw)
             return objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents)).cpu()
 
-        losses = validation_losses(per_sample, self.held_out.ids, self.training.validation_times)
+        held_out, times = self.held_out, self.training.validation_times
+        losses = validation_losses(per_sample, held_out.ids, times, held_out.buckets)
         self._train(True)
         return losses
 

@@ -85,6 +85,11 @@ class CachedSamples:
             seen[row.sha256] += 1
         return tuple(ids)
 
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """Each row's height and width in training: only rows of one bucket go through a model together."""
+        return tuple(framing.target for framing in self.framings)
+
     def at(self, positions: Sequence[int]) -> Positions:
         return Positions(tuple(positions), tuple(self.rows[i].sha256 for i in positions))
 

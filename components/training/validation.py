@@ -4,7 +4,8 @@ It says when to stop, not how good the pictures are. Each (sample, time) counts 
 log-ratios, since a mean of losses is ruled by the times whose loss is large.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,22 +32,47 @@ class FixedTime:
 
 
 def validation_losses(
-    per_sample: Callable[[Sequence[int], FixedTime], Tensor], sample_ids: Sequence[str], times: int
+    per_sample: Callable[[Sequence[int], FixedTime], Tensor],
+    sample_ids: Sequence[str],
+    times: int,
+    buckets: Sequence[Hashable] = (),
 ) -> Tensor:
     """(N, T) float64 losses of every sample at the midpoints of T equal strata of the time distribution.
 
-    `per_sample(positions, draw)` gives the losses (B,) of those samples. No global random state is touched.
+    `per_sample(positions, draw)` gives the losses (B,) of those samples, which share a bucket; where memory runs out it
+    is asked again for halves, and from then on for no more. No global random state is touched.
+    Raises: torch.OutOfMemoryError when not even one sample fits.
     """
-    columns = []
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for position, bucket in enumerate(buckets or [None] * len(sample_ids)):
+        members[bucket].append(position)
+    losses, size = torch.zeros(len(sample_ids), times, dtype=torch.float64), BATCH
     with torch.no_grad():
         for k in range(times):
-            pieces = []
-            for start in range(0, len(sample_ids), BATCH):
-                positions = range(start, min(start + BATCH, len(sample_ids)))
-                draw = Draw(VALIDATION_SEED, k, tuple(sample_ids[i] for i in positions))
-                pieces.append(per_sample(positions, FixedTime(draw, (k + 0.5) / times)).double())
-            columns.append(torch.cat(pieces))
-    return torch.stack(columns, dim=1)
+            for group in members.values():
+                done = 0
+                while done < len(group):
+                    positions = group[done : done + size]
+                    draw = Draw(VALIDATION_SEED, k, tuple(sample_ids[i] for i in positions))
+                    piece = _unless_out_of_memory(per_sample, positions, FixedTime(draw, (k + 0.5) / times))
+                    if piece is None:
+                        torch.cuda.empty_cache()
+                        size = len(positions) // 2
+                        continue
+                    losses[positions, k] = piece.double()
+                    done += len(positions)
+    return losses
+
+
+def _unless_out_of_memory(
+    per_sample: Callable[[Sequence[int], FixedTime], Tensor], positions: Sequence[int], draw: FixedTime
+) -> Tensor | None:
+    try:
+        return per_sample(positions, draw)
+    except torch.OutOfMemoryError:
+        if len(positions) == 1:
+            raise
+        return None
 
 
 def log_mean_ratio(loss: Tensor, base_loss: Tensor) -> float:

@@ -100,7 +100,8 @@ def test_packing_and_its_ids_are_the_stock_pipelines_for_a_picture_that_is_no_sq
     tokens = packed(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
     assert torch.equal(unpacked(tokens, 6, 10), latents)
-    assert torch.equal(image_ids(3, 5), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32))
+    cpu = torch.device("cpu")
+    assert torch.equal(image_ids(3, 5, cpu), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32))
 
 
 def test_dev_and_schnell_do_not_share_embeddings_though_they_share_encoders(tmp_path: Path):

@@ -1,8 +1,10 @@
 """Stale caches are impossible: exactly what changed is encoded again, and going back costs nothing."""
 
+import gc
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sqlalchemy import select
+from transformers import CLIPTextModel
 
 from components.catalog.models import EncodedItem
 from components.errors import TrainingDiverged
+from components.families.stable_diffusion import StableDiffusion
 from components.latents.encoding import ShardReader, encode_missing, locate, pixels_of
 from components.latents.keys import (
     Item,
@@ -174,3 +178,24 @@ def test_bits_depend_neither_on_the_order_nor_on_the_company_in_which_an_item_is
         chain.bench, "parts", items[7:9], lambda b: encoder.encode(pixels_of(chain.bench.store, b)), lambda _: None
     )
     assert torch.equal(encoded("parts", items[::-1]), whole)
+
+
+def test_each_encoder_is_gone_before_the_next_is_loaded(chain: Chain, monkeypatch: pytest.MonkeyPatch):
+    """The text encoder when pictures are encoded, the autoencoder afterwards: nothing holds them, nor any memory."""
+
+    def alive(kind: type) -> int:
+        return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+    gc.collect()
+    before = alive(CLIPTextModel), alive(AutoencoderKL)
+    seen = []
+    load = StableDiffusion.load_pixel_encoder
+
+    def look(self: StableDiffusion, base: Path, device: str) -> Any:
+        seen.append((alive(CLIPTextModel), alive(AutoencoderKL)))
+        return load(self, base, device)
+
+    monkeypatch.setattr(StableDiffusion, "load_pixel_encoder", look)
+    assert counts(chain) == (PICTURES, CAPTIONS)
+    assert seen == [before]
+    assert (alive(CLIPTextModel), alive(AutoencoderKL)) == before

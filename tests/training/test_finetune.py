@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load
 
 from components.errors import BaseModelError, Stopped, TrainingDiverged
+from components.families import family
 from components.garbage import survey, sweep
 from components.latents.keys import training_size
 from components.training import finetune
@@ -266,3 +268,20 @@ def test_what_a_stopped_training_published_outlives_a_collection_of_garbage_and_
     assert sweep(chain.bench, survey(chain.bench, before)).objects == 0
     outputs(chain, chain.fine_tune(recipe, work="work/collected"))
     assert all(store.path(sha256).stat().st_mtime > before.timestamp() for sha256 in published)
+
+
+def test_pictures_of_several_shapes_train_in_batches_of_one_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a base of full size: this one has no room for buckets unless they may be as small as its pictures."""
+    monkeypatch.setattr(family, "MIN_SIDE", 16)
+    monkeypatch.setattr(family, "BUCKET_STEP", 8)
+    chain = Chain.build(tmp_path)
+    for index, path in enumerate(sorted(chain.pictures.glob("*.png"))):
+        if index % 3:
+            size = (40, 24) if index % 3 == 1 else (24, 40)
+            Image.open(path).resize(size).save(path)
+    recipe = chain.recipe(*STATES, "training.train_batch_size=3", "curation.min_side=16")
+    assert set(chain.cache(recipe).facts["buckets"]) == {"24x40", "32x32", "40x24"}
+    unbroken = outputs(chain, chain.fine_tune(recipe, work="unbroken"))
+    with pytest.raises(Stopped):
+        chain.fine_tune(recipe, work="broken", stop_after=2)
+    assert outputs(chain, chain.fine_tune(recipe, work="broken")) == unbroken
