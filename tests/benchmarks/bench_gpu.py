@@ -53,7 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 BATCHES = {"sd15": (1, 16), "sdxl": (1, 4)}
 TINY = replace(  # to run all of this on a CPU, in seconds
-    SD15, side=64, config=SD15.config | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    SD15, side=128, config=SD15.config | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 )
 KNOWN = GEOMETRIES | {"tiny": TINY}
 PEAKS = {  # FLOP/s in bf16, dense, of data sheets; by a part of the device's name
