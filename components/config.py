@@ -28,11 +28,38 @@ class Config(BaseModel):
 
 
 class DataSource(Config):
-    path: str = Field(description="A folder of pictures with captions; relative paths count from the recipe's folder.")
+    path: str = Field(
+        description="A folder of pictures with captions, a .tar or .parquet, or with revision a data set of the hub;"
+        " relative paths count from the recipe's folder."
+    )
+    layout: Literal["auto", "folder", "kohya", "mixed", "webdataset", "dataset"] = Field(
+        default="auto", description="How it is laid out; auto: as its files' names say."
+    )
+    revision: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{40}$", description="Commit of a data set of the hub, 40 hex digits."
+    )
+    repeats: int = Field(default=1, ge=1, description="How often each picture comes in an epoch.")
+    is_reg: bool = Field(
+        default=False, description="Pictures of the class, to train on beside the data with prior_loss_weight."
+    )
     licence: str | None = Field(default=None, description="SPDX id for pictures that state none themselves.")
+    caption_from: Literal["files", "file_name"] = Field(
+        default="files", description="Captions are in files and tables, or the pictures' names are captions."
+    )
+    caption_extension: Literal["any", ".txt", ".caption", ".json"] = Field(
+        default="any", description="Ending of the caption files beside pictures that count."
+    )
     caption_lines: Literal["first", "whole", "variants"] = Field(
         default="first", description="What of a caption file is the caption; variants: every line is one of them."
     )
+    caption_column: str | None = Field(default=None, description="A table's column of captions; none: the usual ones.")
+    image_column: str | None = Field(default=None, description="Its column of pictures; none: the usual ones.")
+    class_tokens: str | None = Field(default=None, description="Caption of pictures that have none.")
+    trigger: str | None = Field(
+        default=None, description="Word in place of [trigger] in captions, or before those without it."
+    )
+    caption_prefix: str | None = Field(default=None, description="Words before every caption.")
+    caption_suffix: str | None = Field(default=None, description="Words after every caption.")
     masks: str | None = Field(
         default=None,
         description='Where its masks are: "masklabel" (x-masklabel.png beside x.png), "alpha", or a folder of masks.',
@@ -366,9 +393,10 @@ class TrainingConfig(Config):
             if value != type(self).model_fields[key].default and found not in fitting:
                 expected = "at least 1" if 10 in fitting else " or ".join(map(repr, fitting))
                 raise ValueError(f"{key} is {value!r}, but {other} is {found!r}, expected {expected}")
-        for key in ("num_class_images", "prior_loss_weight"):
-            if self.class_prompt is None and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is {getattr(self, key)}, but class_prompt is not set, expected a prompt")
+        if self.class_prompt is None and self.num_class_images != type(self).model_fields["num_class_images"].default:
+            raise ValueError(
+                f"num_class_images is {self.num_class_images}, but class_prompt is not set, expected a prompt"
+            )
         for key in ("initializer_token", "num_vectors", "token_learning_rate"):
             if self.placeholder_token is None and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
@@ -456,6 +484,19 @@ class Recipe(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
 
+    @model_validator(mode="after")
+    def _a_prior_has_pictures(self) -> Self:
+        weight, drawn = self.training.prior_loss_weight, self.training.class_prompt is not None
+        usual = TrainingConfig.model_fields["prior_loss_weight"].default
+        if not drawn and weight != usual and not any(source.is_reg for source in self.data.sources):
+            raise ValueError(
+                f"training.prior_loss_weight is {weight}, but class_prompt is not set and no source has is_reg,"
+                " expected one of them"
+            )
+        if all(source.is_reg for source in self.data.sources):
+            raise ValueError("every source of data.sources has is_reg, expected at least one with the data itself")
+        return self
+
 
 def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None = None) -> Recipe:
     """Read a recipe. `overrides` are `section.key=value` in TOML syntax; `data` replaces the recipe's sources.
@@ -482,7 +523,7 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None 
     sources = tuple(
         source.model_copy(
             update={
-                "path": absolute(source.path),
+                "path": source.path if source.revision else absolute(source.path),
                 "masks": source.masks if source.masks in (None, "masklabel", "alpha") else absolute(source.masks),
             }
         )
@@ -512,6 +553,8 @@ def parse_recipe(body: dict[str, Any], *, origin: str) -> Recipe:
 
 def _describe(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
+    if not where:  # of the recipe as a whole
+        return fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]), n=1, cutoff=0.5)
         return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else "; remove it")

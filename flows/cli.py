@@ -109,6 +109,23 @@ def init(
         )
 
 
+@app.command("import-config")
+def import_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="kohya's TOML, OneTrainer's JSON, ai-toolkit's YAML.")],
+    out: Annotated[Path | None, typer.Option(help="Where the recipe goes; default: beside FILE.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the recipe that another trainer's configuration stands for, and say what became of every key."""
+    with _reporter(as_json) as reporter:
+        from components.importers.importing import import_config as read_config
+        from flows import importing
+
+        done = read_config(file, out=out, force=force)
+        document = {"schema": SCHEMA, "status": "completed"} | importing.document_of(done)
+        reporter.finish(document, lambda: importing.show(reporter, document))
+
+
 @app.command()
 def up(
     host: Annotated[

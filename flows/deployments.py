@@ -20,8 +20,8 @@ from sqlalchemy import select
 
 from components.catalog.database import Catalog
 from components.catalog.models import Snapshot, SnapshotItem, SourceFile
-from components.config import Recipe
-from components.curation.sources import NO_PICTURES, PEERS_CACHES, PICTURE_SUFFIXES
+from components.config import DataSource, Recipe
+from components.curation.sources import picture_files, require_folders
 from components.errors import BadInput
 from components.stages import Bench
 from components.storage import atomic_write
@@ -98,6 +98,8 @@ def store_schedule(
         check_cron(cron)
     if when_new is not None and when_new < 1:
         raise BadInput(f"--when-new {when_new}: expected a number of pictures, 1 or more")
+    if when_new is not None:
+        require_folders(recipe.data)
     entry = ScheduleEntry(
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
@@ -166,7 +168,7 @@ def count_new_pictures(catalog: Catalog, dataset: str, sources: list[Mapping[str
     return sum(
         known.get(path) != (stat.st_size, stat.st_mtime_ns, stat.st_ino) and Path(path).name not in unreadable
         for source in sources
-        for path, stat in _pictures(Path(source["path"]))
+        for path, stat in _pictures(DataSource.model_validate(source))
     )
 
 
@@ -187,23 +189,12 @@ def _last_snapshot(catalog: Catalog, dataset: str) -> tuple[dict[str, tuple[int,
     return known, {Path(name).name for sha256, name in items if sha256 is None}
 
 
-def _pictures(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    pending = [root.resolve()]
-    while pending:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if not entry.name.startswith(".") and entry.name.lower() not in PEERS_CACHES:
-                            pending.append(Path(entry.path))
-                    elif entry.is_file() and _is_picture(Path(entry.name)):
-                        yield entry.path, entry.stat()
-        except OSError:
-            continue  # a folder that went away or is closed to us holds nothing new; the run itself will say so
-
-
-def _is_picture(name: Path) -> bool:
-    return name.suffix.lower() in PICTURE_SUFFIXES and not name.stem.endswith(NO_PICTURES)
+def _pictures(source: DataSource) -> Iterator[tuple[str, os.stat_result]]:
+    try:
+        for path in picture_files(source):
+            yield str(path), path.stat()
+    except (BadInput, OSError):
+        return  # what went away or is closed to us holds nothing new; the run itself will say so
 
 
 class Trigger:

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -13,8 +13,9 @@ from sqlalchemy import select
 
 from components.catalog.models import StageResultRow
 from components.config import Recipe
+from components.curation.memory import remembering
 from components.curation.pixels import FORMATS, MAX_PIXELS, UnreadableImage, decode
-from components.curation.sources import Item, read_sources
+from components.curation.sources import Item, picture_file, read_data, read_picture
 from components.families.bases import BaseModel, resolve_base
 from components.families.tokens import caption_readers
 from components.latents.buckets import Bucket
@@ -25,6 +26,7 @@ from components.storage import atomic_write
 from flows.console import Reporter, number, seconds, size
 from flows.keys import stage_keys
 
+NAMED = 3  # skipped files of one reason that are named; the JSON document has all
 RECENT = 5  # results of a stage whose speed tells the next one's
 RUNTIME_BYTES = 1_000_000_000  # Python with torch and diffusers loaded (measured: 0.9 to 1.1 GB resident)
 OPTIMIZER_BYTES = 16  # per trained parameter: weight, gradient and two moments in fp32
@@ -46,7 +48,8 @@ def plan(bench: Bench, recipe: Recipe) -> dict[str, Any]:
     """The plan's document. Opens headers, hashes what is new and draws the worst crops into the workspace."""
     base = resolve_base(recipe.base)
     resolution = training_size(base, recipe.training)
-    items = read_sources(recipe.data)
+    reading = read_data(recipe.data, remembering(bench.catalog))
+    items = reading.items
     placed = _place(items, training_buckets(base, resolution), recipe)
     stages = _stages(bench, recipe, pictures=len(placed))
     training = recipe.training
@@ -58,6 +61,7 @@ def plan(bench: Bench, recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "base": base.name,
         "resolution": resolution,
+        "sources": [asdict(source) | {"skipped": source.reasons} for source in reading.sources],
         "pictures": {"found": len(items), "usable": len(placed), "unusable": len(items) - len(placed)},
         "buckets": _buckets(placed, recipe),
         "pixels_cropped": mean(one.crop.share for one in placed) if placed else 0.0,
@@ -79,6 +83,8 @@ def show(reporter: Reporter, document: dict[str, Any]) -> None:
     reporter.say(
         f"pictures  {pictures['usable']} usable, {pictures['unusable']} not, before checks for duplicates and quality"
     )
+    for source in document["sources"]:
+        _show_source(reporter, source)
     reporter.table(
         ("bucket", "pictures", "samples", "batches", "steps", "cropped", "worst", "enlarged"),
         [
@@ -126,15 +132,22 @@ def show(reporter: Reporter, document: dict[str, Any]) -> None:
     )
 
 
+def _show_source(reporter: Reporter, source: dict[str, Any]) -> None:
+    reporter.say(f"source    {source['path']}: {source['pictures']} pictures, {source['means']} ({source['layout']})")
+    for reason, names in source["skipped"].items():
+        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        reporter.say(f"skipped   {shown}: {reason}")
+
+
 def _place(items: Sequence[Item], sizes: tuple[Bucket, ...], recipe: Recipe) -> list[_Placed]:
     """The usable pictures, each in its bucket; only headers are read."""
-    stated = any(item.split for item in items)
+    stated = any(item.split for item in items if not item.is_reg)
     placed = []
     for item in items:
         if item.problem is not None or item.path is None:
             continue
         try:
-            with Image.open(item.path, formats=FORMATS) as image:
+            with Image.open(picture_file(item), formats=FORMATS) as image:
                 width, height = image.size
                 if image.format != EXIF_LAST and image.getexif().get(ORIENTATION, 1) >= 5:
                     width, height = height, width
@@ -142,7 +155,7 @@ def _place(items: Sequence[Item], sizes: tuple[Bucket, ...], recipe: Recipe) -> 
             continue
         if width * height > MAX_PIXELS:
             continue
-        trained = float(item.split != "test") if stated else 1 - recipe.curation.test_fraction
+        trained = float(item.split != "test") if stated or item.is_reg else 1 - recipe.curation.test_fraction
         placed.append(_Placed(item, Crop.of(width, height, sizes), item.repeats * trained))
     return placed
 
@@ -179,7 +192,7 @@ def _worst_crops(placed: Sequence[_Placed], path: Path) -> dict[str, Any]:
     shown = []
     for one in worst[:WORST]:
         try:
-            image = decode(Path(str(one.item.path)).read_bytes())
+            image = decode(read_picture(one.item))
         except (OSError, UnreadableImage):
             continue
         shown.append((image, one.crop, f"{one.crop.share:.0%}: {one.item.file_name}"))

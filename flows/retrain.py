@@ -66,6 +66,8 @@ def curate(run_uid: str) -> str:
     run = _open[run_uid]
     recipe, size = run.recipe, training_size(run.base, run.recipe.training)
     key, scanned = curate_key(run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size)
+    for source in scanned.sources:
+        run.relay({"event": "log", "message": str(source)})
     result = run.stage(
         "curate",
         key,

@@ -65,6 +65,20 @@ class SourceFile(Base):
     sha256: Mapped[str]
 
 
+class SourceNote(Base):
+    """What was learnt from a file as last seen on disk: a caption's bytes, what an archive holds. See SourceFile."""
+
+    __tablename__ = "source_note"
+    path: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)  # what was learnt, and by which version of the code
+    size: Mapped[int] = mapped_column(BigInteger)
+    mtime_ns: Mapped[int] = mapped_column(BigInteger)
+    ctime_ns: Mapped[int] = mapped_column(BigInteger)
+    inode: Mapped[int] = mapped_column(BigInteger)
+    seen_ns: Mapped[int] = mapped_column(BigInteger)
+    body: Mapped[bytes]
+
+
 class ExaminedImage(Base):
     """What one decode of these bytes told: facts for the checks, or why they are unreadable."""
 

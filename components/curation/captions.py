@@ -1,8 +1,8 @@
 """Captions: read from text, caption and JSON files or table cells, as UTF-8 or not at all, and brought to one form."""
 
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from components.errors import BadInput
@@ -41,36 +41,46 @@ def normalise(text: str, name: str) -> str:
     return line
 
 
-def read_caption(path: Path, name: str, lines: CaptionLines = "first") -> str:
-    """The caption in a `.txt`, `.caption` or `.json` file: its first line with words, or with "whole" all of them.
+def caption_in(data: bytes, name: str, lines: CaptionLines = "first") -> str:
+    """The caption in a `.txt`, `.caption` or `.json` file's bytes: its first line with words, or with "whole" all.
 
-    `name` is how messages call the file. Raises CaptionProblem.
+    `name` is the file's, also for messages. Raises CaptionProblem.
     """
-    text = _text_of(path, name)
+    text = _text_in(data, name)
     return normalise(text if lines == "whole" else next(_worded_lines(text), ""), name)
 
 
-def read_variants(path: Path, name: str) -> tuple[str, ...]:
-    """The captions in a file besides its first, one to a line. Raises CaptionProblem."""
-    return tuple(normalise(line, name) for line in _worded_lines(_text_of(path, name)))[1:]
+def variants_in(data: bytes, name: str) -> tuple[str, ...]:
+    """The captions in a file's bytes besides its first, one to a line. Raises CaptionProblem."""
+    return tuple(normalise(line, name) for line in _worded_lines(_text_in(data, name)))[1:]
 
 
-def _text_of(path: Path, name: str) -> str:
-    text = decode_text(path.read_bytes(), name)
-    return _json_caption(text, name) if path.suffix.lower() == ".json" else text
+def _text_in(data: bytes, name: str) -> str:
+    text = decode_text(data, name)
+    return _json_caption(text, name) if name.lower().endswith(".json") else text
 
 
 def _worded_lines(text: str) -> Iterator[str]:
     yield from (line for line in text.splitlines() if line.strip(f"{BYTE_ORDER_MARK} \t\0"))
 
 
-def caption_cell(value: object, name: str) -> str:
-    """The caption in a table's cell. Raises CaptionProblem when it is absent, empty or no text."""
+def caption_cells(value: object, name: str) -> tuple[str, ...]:
+    """The captions in a table's cell, one or a list. Raises CaptionProblem where one is empty or no text."""
+    return tuple(_cell(one, name) for one in (value if isinstance(value, list) and value else [value]))
+
+
+def _cell(value: object, name: str) -> str:
     if value is None:
         raise CaptionProblem(f"{name}: the caption is empty; write one")
     if not isinstance(value, str):
         raise CaptionProblem(f"{name}: the caption is {type(value).__name__}, expected text; write it as a string")
     return normalise(value, name)
+
+
+def name_as_caption(stem: str, name: str) -> str:
+    """A file name's words: `red_fox-02 (3)` says "red fox". Raises CaptionProblem when it has none."""
+    words = re.sub(r"[_\s]+", " ", stem).strip()
+    return normalise(re.sub(r"(?:[ -]*(?:\(\d+\)|(?<=[ -])\d+))+$", "", words) or words, name)
 
 
 def _json_caption(text: str, name: str) -> str:

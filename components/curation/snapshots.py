@@ -36,8 +36,9 @@ from components.curation.checks import (
 )
 from components.curation.duplicates import duplicate_groups, near_duplicates
 from components.curation.masks import mask_png, read_mask, require_use
+from components.curation.memory import remembering
 from components.curation.pixels import decode
-from components.curation.sources import Item, Problem, hash_files, read_sources
+from components.curation.sources import FileDigest, Item, Problem, SourceReading, hash_files, read_data, read_picture
 from components.curation.splits import Member, Pair, assign_splits, component_name, join_components, prove_disjoint
 from components.errors import BadInput, DamagedArtifact
 from components.stages import Bench, Product, canonical_json, stage_key
@@ -70,6 +71,7 @@ class Scan:
 
     files: tuple[ScannedFile, ...]
     hashed: int  # files whose bytes were read; the others are as the catalog knows them
+    sources: tuple[SourceReading, ...] = ()  # what is said of each source
 
     @property
     def digest(self) -> str:
@@ -77,11 +79,13 @@ class Scan:
         rows = [[file.sha256, *(getattr(file.item, name) for name in _DIGESTED),
                  asdict(file.item.problem) if file.item.problem else None,
                  *([file.mask_sha256] if file.mask_sha256 else []),
-                 *([list(file.item.variants)] if file.item.variants else [])] for file in self.files]
+                 *([list(file.item.variants)] if file.item.variants else []),
+                 *(["is_reg"] if file.item.is_reg else [])] for file in self.files]
         return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
-_DIGESTED = tuple(field.name for field in fields(Item) if field.name not in ("path", "problem", "mask", "variants"))
+_OWN_WAY = ("path", "problem", "mask", "variants", "member", "is_reg")  # fields that the digest knows otherwise
+_DIGESTED = tuple(field.name for field in fields(Item) if field.name not in _OWN_WAY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ class SampleRow:
     repeats: int
     mask: str | None = None  # sha256 of a grey PNG of the picture's size
     variants: tuple[str, ...] = ()  # captions besides `text`
+    is_reg: bool = False  # a picture of the class, for prior preservation
 
 
 MANIFEST_SCHEMA = pa.schema(
@@ -116,7 +121,9 @@ MANIFEST_SCHEMA = pa.schema(
 OPTIONAL_FIELDS = (  # only in the manifest of a set where a row has one
     pa.field("mask", pa.string()),
     pa.field("variants", pa.list_(pa.string())),
+    pa.field("is_reg", pa.bool_()),
 )
+SKIPPED_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("source", "file_name", "reason")])
 VERDICT_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("file_name", "check", "decision")]
     + [pa.field("sha256", pa.string()), pa.field("score", pa.float64()), pa.field("threshold", pa.float64())]
@@ -129,18 +136,27 @@ def scan(bench: Bench, data: DataConfig, *, verify: bool = False) -> Scan:
 
     Raises BadInput for sources that are missing, empty, without pictures or without captions.
     """
-    items = read_sources(data)
-    paths = {path: None for item in items for path in (item.path, item.mask) if path is not None}
-    digests = hash_files(bench.catalog, list(paths), verify=verify)
-    files = []
-    for item in items:
-        found = digests.get(item.path) if item.path is not None else None
-        problem = item.problem or (found.problem if found else None)
-        sha256, size = (found.sha256, found.bytes) if found else (None, 0)
-        mask = digests[item.mask] if item.mask is not None else None
-        problem = problem or (mask.problem if mask else None)
-        files.append(ScannedFile(replace(item, problem=problem), sha256, size, mask.sha256 if mask else None))
-    return Scan(tuple(files), sum(found.hashed for found in digests.values()))
+    reading = read_data(data, remembering(bench.catalog, verify=verify))
+    alone = {path: None for item in reading.items for path in _files_of(item)}
+    digests = hash_files(bench.catalog, list(alone), verify=verify)
+    files = [_scanned(item, [digests[path] for path in _files_of(item)]) for item in reading.items]
+    return Scan(tuple(files), sum(found.hashed for found in digests.values()), reading.sources)
+
+
+def _files_of(item: Item) -> list[Path]:
+    """The files whose bytes are the item's: its picture, unless a larger file holds it, and the file of its mask."""
+    return [path for path in (item.path, item.mask) if path is not None and item.member is None]
+
+
+def _scanned(item: Item, digests: Sequence[FileDigest]) -> ScannedFile:
+    if item.member is not None:
+        sha256 = item.member.sha256
+        return ScannedFile(item, sha256, item.member.bytes, sha256 if item.mask is not None else None)
+    problem = next((found.problem for found in digests if found.problem), None)
+    picture = digests[0] if item.path is not None else None
+    mask = digests[1].sha256 if item.mask is not None else None
+    sha256, size = (picture.sha256, picture.bytes) if picture else (None, 0)
+    return ScannedFile(replace(item, problem=item.problem or problem), sha256, size, mask)
 
 
 def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
@@ -194,13 +210,15 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
         schema = schema.append(optional) if any(getattr(row, optional.name) for row in rows) else schema
     manifest = bench.store.put(_parquet([asdict(row) for row in rows], schema))
     verdicts = bench.store.put(_parquet(batch.verdict_rows(), VERDICT_SCHEMA))
-    profile_facts = _describe(batch, rows, curation, profile)
+    profile_facts = _describe(batch, rows, curation, profile) | _describe_sources(found.sources)
+    skipped = [asdict(one) | {"source": source.path} for source in found.sources for one in source.skipped]
+    listed = {"skipped": bench.store.put(_parquet(skipped, SKIPPED_SCHEMA))} if skipped else {}
     snapshot = _record(bench, batch, rows, manifest, dataset=dataset, key=key, profile=profile_facts)
     facts = profile_facts | {
         "dataset": dataset, "version": snapshot.version, "digest": manifest.sha256, "snapshot_id": snapshot.id,
         "kept": snapshot.kept, "rejected": snapshot.rejected, "train": profile_facts["splits"].get("train", 0),
         "test": profile_facts["splits"].get("test", 0), "examined": decoded, "hashed": found.hashed}
-    return Product({"manifest": manifest, "verdicts": verdicts}, facts, items=len(found.files))
+    return Product({"manifest": manifest, "verdicts": verdicts, **listed}, facts, items=len(found.files))
 
 
 def read_manifest(store: Store, digest: str) -> list[SampleRow]:
@@ -252,7 +270,8 @@ def _read_masks(store: Store, files: Sequence[ScannedFile],
         if item.mask is None or item.problem is not None or not isinstance(facts, ImageFacts):
             continue
         try:
-            mask = read_mask(item.mask.read_bytes(), alpha=item.mask == item.path)
+            alpha = item.mask == item.path
+            mask = read_mask(read_picture(item) if alpha else item.mask.read_bytes(), alpha=alpha)
             require_use(mask, facts.width, facts.height)
             masks[item.file_name] = store.put(mask_png(mask)).sha256
         except BadInput as error:
@@ -275,7 +294,7 @@ def _read(file: ScannedFile) -> bytes | None:
     if file.bytes > MAX_FILE_BYTES:
         return None
     try:
-        data = path.read_bytes()
+        data = read_picture(file.item)
     except OSError as error:
         raise DamagedArtifact(f"{path}: {error.strerror} since it was scanned; run the same command again") from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
@@ -369,8 +388,8 @@ class _Batch:
                             "It looks like {best}, which is kept (a group of {size}).", group.component_size)
 
     def _keep_best(self, members: Sequence[int], check: str, says: str, component_size: int | None) -> None:
-        best = min(members, key=lambda i: (-self.image(i).width * self.image(i).height, -self.files[i].bytes,
-                                           self.name(i)))
+        best = min(members, key=lambda i: (self.files[i].item.is_reg, -self.image(i).width * self.image(i).height,
+                                           -self.files[i].bytes, self.name(i)))
         for i in members:
             if i != best:
                 bits = (self.image(i).phash ^ self.image(best).phash).bit_count()
@@ -451,7 +470,7 @@ def _as_pairs(pairs: Sequence[Pair]) -> NDArray[np.int64]:
 
 def _member(batch: _Batch, i: int) -> Member:
     item = batch.files[i].item
-    return Member(item.file_name, batch.image(i).rgb_digest, item.group, item.split)
+    return Member(item.file_name, batch.image(i).rgb_digest, item.group, "train" if item.is_reg else item.split)
 
 
 def _earlier_splits(bench: Bench, dataset: str, curation: CurationConfig) -> dict[str, str]:
@@ -493,7 +512,8 @@ def _sample_row(batch: _Batch, i: int, component: str, split: str, masks: Mappin
         sha256=str(file.sha256), rgb_digest=facts.rgb_digest, file_name=item.file_name, text=item.caption,
         group=item.group, component=hashlib.sha256(component.encode()).hexdigest()[:16], split=split,
         width=facts.width, height=facts.height, licence=item.licence, author=item.author, source=item.source,
-        repeats=item.repeats, mask=masks.get(item.file_name), variants=item.variants)
+        repeats=item.repeats, mask=masks.get(item.file_name), variants=item.variants,
+        is_reg=item.is_reg)
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
@@ -526,6 +546,13 @@ def _describe(batch: _Batch, rows: Sequence[SampleRow], curation: CurationConfig
         "repeats": counts(row.repeats for row in rows),
         "lots": _lots(curation),
     }
+
+
+def _describe_sources(sources: Sequence[SourceReading]) -> dict[str, Any]:
+    """Which layout each source has, and how many of its files were skipped for which reason."""
+    return {"sources": [
+        {"path": source.path, "layout": source.layout, "pictures": source.pictures,
+         "skipped": {reason: len(names) for reason, names in source.reasons.items()}} for source in sources]}
 
 
 def _record(bench: Bench, batch: _Batch, rows: Sequence[SampleRow], manifest: ObjectRef, *, dataset: str, key: str,

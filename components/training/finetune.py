@@ -101,14 +101,17 @@ def fine_tune(
     every checkpoint), "preview-<step>-<i>". Raises Stopped after SIGTERM with a checkpoint saved, TrainingDiverged when
     the loss is not finite.
     """
-    repeated = [row for row in rows if row.split == "train" for _ in range(row.repeats)]
+    repeated, given = (
+        [row for row in rows if row.split == "train" and row.is_reg is is_reg for _ in range(row.repeats)]
+        for is_reg in (False, True)
+    )
     if training.masked_loss and not any(row.mask for row in repeated):
         raise BadInput(
             "training.masked_loss is set, but no training picture has a mask; say where they are with masks in "
             "[[data.sources]]"
         )
     wording = Wording.of(training)
-    prior = spread_over(class_rows(bench, base, training, resolution), len(repeated))
+    prior = spread_over(given + class_rows(bench, base, training, resolution), len(repeated))
     train = cached_samples(bench, repeated + prior, base, resolution, masked=training.masked_loss, wording=wording)
     if prior:
         train = replace(train, weights=(1.0,) * len(repeated) + (training.prior_loss_weight,) * len(prior))

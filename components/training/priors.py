@@ -2,7 +2,8 @@
 
 The base draws pictures of the class once; they are kept by content like every gallery and latent, and trained on
 beside the data, so that the adapter does not forget the class for the subject. As in kohya's trainers there are as
-many of them in an epoch as training samples, each loss times `prior_loss_weight`.
+many of them in an epoch as training samples, each loss times `prior_loss_weight`. Pictures of sources with `is_reg`,
+which someone has chosen, take part in the same way, with or without drawn ones.
 """
 
 import hashlib

@@ -28,9 +28,10 @@ def data_metadata(
     Pictures in no folder are those of `dataset`. As in kohya's trainers a picture counts as often as it is repeated,
     except among the tags and in its folder's `img_count`.
     """
-    train = [row for row in rows if row.split == "train"]
+    train, given = ([row for row in rows if row.split == "train" and row.is_reg is is_reg] for is_reg in (False, True))
     images = sum(row.repeats for row in train)
-    class_images = training.num_class_images if training.class_prompt else 0
+    drawn = training.num_class_images if training.class_prompt else 0
+    class_images = drawn + sum(row.repeats for row in given)
     epoch = images * (2 if class_images else 1)  # as many pictures of the class as of the data
     passes = training.gradient_accumulation_steps * training.num_processes
     batches = math.ceil(epoch / training.train_batch_size)
@@ -55,9 +56,10 @@ def data_metadata(
             "num_repeats": repeats,
             "shuffle_caption": training.shuffle_caption,
             "keep_tokens": training.keep_tokens,
-            "is_reg": False,
+            "is_reg": is_reg,
         }
-        for (name, repeats), members in folders.items()
+        for is_reg, found in ((False, folders), (True, _folders(given, dataset)))
+        for (name, repeats), members in found.items()
     ]
     whole = {"is_dreambooth": True, **about, "resolution": [side, side], "bucket_info": buckets, "subsets": subsets}
     named = _named(folders)

@@ -129,7 +129,7 @@ def test_a_table_cannot_reach_out_of_its_folder(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize(("body", "said"), [
     (b"{", "line 1 is not a JSON object"), (b"[1]", "line 1 is not a JSON object"),
-    (b'{"file_name": "000.png", "caption": "x"}', "line 1 has no 'text'"), (b"\xff", "offset 0 is not UTF-8"),
+    (b'{"file_name": "000.png", "title": "x"}', "line 1 has no 'text'"), (b"\xff", "offset 0 is not UTF-8"),
     (b'{"file_name": "000.png", "text": "x", "split": "both"}', "split is 'both', expected train or test"),
     (b'{"file_name": "000.png", "text": "x"}\n' * 2, "listed twice")])
 def test_a_table_that_cannot_be_read_stops_with_one_line_saying_where(tmp_path: Path, body: bytes, said: str):

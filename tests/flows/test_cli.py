@@ -23,12 +23,14 @@ from components.tensors import to_safetensors
 from components.workspace import Workspace
 from flows.console import number, seconds, size
 from tests.conftest import Served
+from tests.curation.folders import pictures
 from tests.flows.conftest import Shell, safelight
 from tests.pictures import write_pictures
 from tests.tiny import tiny_stable_diffusion
 
 COMMANDS = [
-    *("demo", "init", "up", "down", "status", "doctor", "plan", "curate", "cache", "retrain", "evaluate", "promote"),
+    *("demo", "init", "import-config", "up", "down", "status", "doctor"),
+    *("plan", "curate", "cache", "retrain", "evaluate", "promote"),
     *("schedule", "runs", "show", "logs", "stop", "diff", "export-dataset", "gc", "generate", "export", "pretrain"),
 ]
 GROUPS = {"study": ["samplers"]}
@@ -62,6 +64,28 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
 def test_every_command_has_help_and_json(shell: Shell, words: list[str]):
     assert shell(*words, "--help") == 0
     assert "--json" in shell.out
+
+
+def test_an_import_says_what_became_of_every_key_and_writes_a_recipe_that_plan_reads(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "300")
+    pictures(tmp_path / "pictures", 6)
+    (tmp_path / "pictures" / "old.npz").write_bytes(b"x")
+    (tmp_path / "kohya.toml").write_text(
+        "[[datasets]]\nresolution = 64\n"
+        '[[datasets.subsets]]\nimage_dir = "pictures"\nnum_repaets = 3\nflip_aug = true\n'
+    )
+    assert shell("import-config", str(tmp_path / "kohya.toml")) == 0
+    assert "did you mean 'num_repeats'?" in shell.out and "next: safelight plan" in shell.out
+    document = shell.document("import-config", str(tmp_path / "kohya.toml"), "--force")
+    assert {line["outcome"] for line in document["keys"]} == {"mapped", "note", "unknown", "ignored"}
+    (source,) = shell.document("plan", document["recipe"])["sources"]
+    assert (source["layout"], source["pictures"]) == ("folder", 6)
+    assert source["skipped"] == {"another trainer's cache": ["old.npz"]}
+    assert shell("plan", document["recipe"]) == 0
+    assert "6 pictures, a folder of pictures (folder)" in shell.out
+    assert "skipped   old.npz: another trainer's cache" in shell.out
 
 
 def recipe(folder: Path, body: str) -> str:

@@ -72,6 +72,22 @@ def test_a_schedule_that_never_comes_due_is_refused(workspace: Workspace, tmp_pa
         deployments.store_schedule(workspace, recipe_for(tmp_path), tmp_path / "r.toml", when_new=0)
 
 
+def test_pictures_inside_of_larger_files_are_not_counted_so_a_schedule_on_them_is_refused(
+    workspace: Workspace, tmp_path: Path
+):
+    (tmp_path / "a.tar").write_bytes(b"a tar by its name")
+    with pytest.raises(BadInput, match="holds its pictures inside of others; use --every or --cron"):
+        deployments.store_schedule(workspace, recipe_for(tmp_path), tmp_path / "r.toml", when_new=5)
+    deployments.store_schedule(workspace, recipe_for(tmp_path), tmp_path / "r.toml", every="6h")
+
+
+def test_what_a_kohya_tree_leaves_out_is_never_new(bench: Bench, tmp_path: Path):
+    for name in ("10_sks/a.png", "rest/b.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    assert count_new_pictures(bench.catalog, "icons", [{"path": str(tmp_path)}]) == 1
+
+
 def test_a_trigger_waits_for_two_equal_looks_and_fires_once():
     trigger = Trigger(3)
     assert [trigger.fires(count) for count in (0, 2, 3, 5, 5, 5, 0, 0, 4, 4)] == [

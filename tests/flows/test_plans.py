@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from components.config import CurationConfig, DataConfig, DataSource, Recipe, TrainingConfig
+from components.curation.sources import read_sources
 from components.stages import Bench
 from flows import plans
 from tests.curation.folders import picture
@@ -52,7 +53,7 @@ def test_several_buckets_share_the_steps_by_their_samples(tmp_path: Path):
         keep(tmp_path, f"square-{i}.png", (64, 64))
     keep(tmp_path, "wide.png", (128, 64))
     settings = recipe(tmp_path, test_fraction=0)
-    placed = plans._place(plans.read_sources(settings.data), (Bucket(64, 64), Bucket(96, 48)), settings)
+    placed = plans._place(read_sources(settings.data), (Bucket(64, 64), Bucket(96, 48)), settings)
     lines = plans._buckets(placed, settings)
     found = [(line["width"], line["pictures"], line["batches"], line["steps"]) for line in lines]
     assert found == [(64, 3, 1, 75), (96, 1, 1, 25)]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from components.training.order import epoch_order
 from components.training.priors import class_rows, spread_over
 from components.training.samples import cached_samples
 from tests.chain import Chain
+from tests.curation.folders import pictures
 
 CLASS = ('training.class_prompt="a sign"', "training.num_class_images=2")
 TINY = (
@@ -82,6 +84,28 @@ def test_the_first_steps_loss_is_a_line_in_the_weight_of_the_prior(chain: Chain)
     one, two, three = (first_loss(weight) for weight in (1.0, 2.0, 3.0))
     assert two > one
     assert three - two == pytest.approx(two - one, rel=1e-4)
+
+
+def test_pictures_that_someone_chose_for_the_class_weigh_as_drawn_ones_do(chain: Chain, tmp_path: Path):
+    chosen = pictures(tmp_path / "class", 4)
+    held = f'data.sources=[{{path="{chain.pictures}"}}, {{path="{chosen}", is_reg=true}}]'
+    chain.cache(chain.recipe(held))
+
+    def first_loss(weight: float) -> float:
+        events: list[dict[str, Any]] = []
+        recipe = chain.recipe(*TINY, held, f"training.prior_loss_weight={weight}")
+        with pytest.raises(Stopped):
+            chain.fine_tune(recipe, work=f"chosen-{weight}", stop_after=1, events=events)
+        return next(event["loss"] for event in events if "loss" in event)
+
+    one, two, three = (first_loss(weight) for weight in (1.0, 2.0, 3.0))
+    assert two > one
+    assert three - two == pytest.approx(two - one, rel=1e-4)
+
+
+def test_a_recipe_needs_data_besides_the_class(chain: Chain):
+    with pytest.raises(RecipeError, match=r"every source of data\.sources has is_reg"):
+        chain.recipe("data.sources=[{path='x', is_reg=true}]")
 
 
 def test_a_training_with_a_prior_survives_a_stop_to_the_byte(chain: Chain):

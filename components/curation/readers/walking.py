@@ -1,0 +1,109 @@
+"""Listing a source: every file below a folder, without opening one, and without leaving the folder."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from components.curation.items import Problem, Skipped, is_picture, printable
+from components.errors import BadInput
+
+PEERS_CACHES = frozenset({"_latent_cache", "_t_e_cache", "__pycache__", "__macosx"})  # other trainers', in lower case
+REPEATS = re.compile(r"(\d+)_(.+)")  # a folder of the kohya layout
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file, and what its place says."""
+
+    name: PurePosixPath  # relative to the source's folder
+    path: Path
+    problem: Problem | None  # why it must not be opened
+    folder: re.Match[str] | None  # the innermost folder of the kohya layout
+
+    @property
+    def is_picture(self) -> bool:
+        return is_picture(self.name)
+
+    @property
+    def suffix(self) -> str:
+        return self.name.suffix.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a source, sorted by name within each folder."""
+
+    root: Path
+    files: tuple[Entry, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(entry.is_picture for entry in self.files)
+
+    def with_suffix(self, *suffixes: str) -> list[Entry]:
+        return [entry for entry in self.files if entry.suffix in suffixes]
+
+
+def list_source(root: Path, home: Path, *, apart: Path | None = None) -> Listing:
+    """The files below `root`, or `root` itself if it is a file. Links may lead anywhere in `home`, and no further.
+
+    What lies in the folder `apart` is left out. Both folders are resolved.
+    """
+    if not root.is_dir():
+        name = PurePosixPath(root.name)
+        return Listing(root.parent, (Entry(name, root, None, None),), ())
+    found = [one for one in walk(root, home) if isinstance(one, Skipped) or not _lies_in(one.path, apart)]
+    files = tuple(one for one in found if isinstance(one, Entry))
+    return Listing(root, files, tuple(one for one in found if isinstance(one, Skipped)))
+
+
+def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
+    """Files under `root`, and whatever is not looked into: hidden files, other trainers' caches, links to folders.
+
+    Raises BadInput for a folder that may not be read.
+    """
+    try:
+        yield from _walk(root, home, PurePosixPath(), None)
+    except PermissionError as error:
+        raise BadInput(f"{error.filename}: not readable by this user; change its permissions") from None
+
+
+def _walk(root: Path, home: Path, relative: PurePosixPath, folder: re.Match[str] | None) -> Iterator[Entry | Skipped]:
+    with os.scandir(root / relative) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
+    for entry in entries:
+        name = relative / entry.name
+        if entry.name.startswith("."):
+            yield Skipped(printable(name), "hidden")
+        elif entry.is_dir(follow_symlinks=False):
+            if entry.name.lower() in PEERS_CACHES:
+                yield Skipped(printable(name), "a folder of another program's cache")
+            else:
+                yield from _walk(root, home, name, REPEATS.fullmatch(entry.name) or folder)
+        elif entry.is_symlink() and Path(entry.path).is_dir():  # False for a link to itself
+            yield Skipped(printable(name), "a link to a folder, which is not entered")
+        else:
+            yield Entry(name, root / name, _kind_problem(root, home, name, entry), folder)
+
+
+def _kind_problem(root: Path, home: Path, name: PurePosixPath, entry: os.DirEntry[str]) -> Problem | None:
+    """Why the file is not opened: not regular, a link out of the folder, a name that is no text. Opens nothing."""
+    try:
+        str(name).encode("utf-8")
+    except UnicodeEncodeError:
+        return Problem("file", "the file's name is not UTF-8; rename it")
+    if entry.is_symlink():
+        try:
+            target = (root / name).resolve(strict=True)
+        except (OSError, RuntimeError):
+            return Problem("file", "is a link that leads nowhere; replace it by the file")
+        if not target.is_relative_to(home):
+            return Problem("file", "is a link to a file outside the folder; copy the file into it")
+    return None if entry.is_file() else Problem("file", "is not a regular file; remove it")
+
+
+def _lies_in(path: Path, folder: Path | None) -> bool:
+    return folder is not None and path.is_relative_to(folder)
