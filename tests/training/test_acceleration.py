@@ -136,7 +136,7 @@ def test_cuda_graphs_are_refused_where_there_are_none_and_for_texts_of_many_leng
 
 @pytest.mark.parametrize(
     ("other", "complaint"),
-    [("gradient_checkpointing=true", "gradient_checkpointing is True"), ("train_text_encoder=true", "the text side is")],
+    [("gradient_checkpointing=true", "gradient_checkpointing is"), ("train_text_encoder=true", "the text side is")],
 )
 def test_cuda_graphs_exclude_what_they_cannot_hold(other: str, complaint: str, tmp_path: Path):
     chain = Chain.build(tmp_path)
