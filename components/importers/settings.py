@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from components.config import BY_GROUP
 from components.errors import BadInput
 
 Outcome = Literal["mapped", "ignored", "unknown", "note"]
@@ -56,6 +57,9 @@ class Imported:
 
     def document(self) -> dict[str, Any]:
         """The recipe, as TOML has it."""
+        if "text_encoder_lr" in self.training and self.training.get("optimizer", "adamw") not in BY_GROUP:
+            self.training.pop("text_encoder_lr")
+            self.ignore("text_encoder_lr", f"{self.training['optimizer']} has one rate for everything")
         if not self.sources:
             raise BadInput("the file names no folder of pictures; add one, or pass the file that does")
         return {"name": self.name, "data": {"sources": self.sources}} | {

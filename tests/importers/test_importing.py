@@ -113,6 +113,12 @@ def test_kohyas_trainers_train_text_encoders_too_unless_told_not_to(
     assert (training.train_text_encoder, training.text_encoder_lr) == expected
 
 
+def test_an_optimizer_with_one_rate_takes_none_for_the_text_encoders(tmp_path: Path):
+    done = kohya(tmp_path, learning_rate=1.0, text_encoder_lr=0.5, optimizer_type="Prodigy")
+    assert (done.recipe.training.train_text_encoder, done.recipe.training.text_encoder_lr) == (True, None)
+    assert "prodigy has one rate" in said(done, "text_encoder_lr", "ignored")
+
+
 def test_the_others_text_encoders_follow_their_own_switches(tmp_path: Path):
     made = (one_trainer(tmp_path), one_trainer(tmp_path, text_encoder={"train": False}), ai_toolkit(tmp_path),
             ai_toolkit(tmp_path, train={"train_text_encoder": True}))
