@@ -296,8 +296,9 @@ def _text_encoders(section: Section, kind: str, rate: float, imported: Imported)
     """kohya's trainers train them as well, at the general rate, unless something says no."""
     unet_only = section.get("network_train_unet_only") or section.values.get("cache_text_encoder_outputs")
     stated = section.get("text_encoder_lr")
-    own = stated[0] if isinstance(stated, list) and stated else stated
-    own = float(own) if own not in (None, "", []) else float(number(section, "learning_rate", rate) or 0.0)
+    first = stated[0] if isinstance(stated, list) and stated else stated
+    general = float(number(section, "learning_rate", rate) or 0.0)
+    own = float(first) if isinstance(first, int | float | str) and first != "" else general
     if unet_only or own == 0.0:
         return
     if kind not in ("lora", "dora"):
