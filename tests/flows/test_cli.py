@@ -169,7 +169,7 @@ def test_an_unforeseen_error_is_one_line_and_keeps_its_traceback(shell: Shell, w
 @pytest.mark.parametrize(("number_", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_command_with_the_code_that_shells_expect(number_: signal.Signals, code: int):
     slow = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
         "from flows import cli; import time\n@cli.app.command()\ndef slow(json: bool = False):\n"
         "    print('ready', file=__import__('sys').stderr, flush=True); time.sleep(60)\ncli.main(['slow', '--json'])"
     )
