@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from components.diffusion.draws import Draw, Draws
 from components.training.ema import ExponentialAverage
 from components.training.gradients import B, Gradients, LossScaler, Passes, listed
+from components.training.heap import keep_freed_memory
 from components.training.processes import ALONE, Processes
 from components.training.schedules import LearningRate
 
@@ -55,6 +56,8 @@ def fit(
     Raises: TrainingDiverged at the first loss or gradient that is not finite, before the parameters change;
     OutOfMemory when not even one sample fits.
     """
+    if parameters[0].device.type == "cpu":
+        keep_freed_memory()
     scaler = scaler or LossScaler()
     gradients = Gradients(parameters, loss, draws, passes=passes or Passes(), scaler=scaler, processes=processes)
     step = start_step
