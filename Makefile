@@ -3,11 +3,13 @@
 #   PIP_ARGS  more arguments for pip, such as the --index-url or --find-links that holds the torch build for your GPU
 #   WORKERS   processes that share the tests; one of them has Prefect and MLflow to itself
 #   TESTS     what `make test` runs, for example TESTS=tests/curation
+#   BENCHES   what `make bench` runs; DIFFUSERS_SCRIPT is the path of the script that Safelight is then compared with
 #   KILLS     how often `make soak` kills a run; SOAK is the folder that keeps the tallies
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
 TESTS ?= tests
+BENCHES ?= tests/benchmarks
 KILLS ?= 30
 SOAK ?= build/soak
 VENV ?= .venv
@@ -43,7 +45,7 @@ lint: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -s --timeout=0
+	$(BIN)/python -m pytest $(BENCHES) -o python_files='bench_*.py' -s --timeout=0
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.resume --folder $(SOAK)/resume
