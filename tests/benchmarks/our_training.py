@@ -70,9 +70,9 @@ class Recording:
         ours, add_adapter, recording = finetune.batches_from, finetune.add_adapter, self
         trained: dict[str, nn.Parameter] = {}
 
-        def batches_from(step: int, ids: Sequence[str], batch_size: int, *, seed: int) -> Iterator[list[int]]:
+        def batches_from(step: int, ids: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
             place = {sample_id: i for i, sample_id in enumerate(ids)}
-            for batch, _ in zip(recording.batches[step:], ours(step, ids, batch_size, seed=seed), strict=False):
+            for batch, _ in zip(recording.batches[step:], ours(step, ids, *args, **options), strict=False):
                 yield [place[sample_id] for sample_id in batch]
 
         def added(denoiser: Any, *args: Any) -> list[tuple[str, nn.Parameter]]:
