@@ -334,7 +334,7 @@ class TrainingConfig(Config):
     def _optimizer_settings_agree(self) -> Self:
         """Betas that nobody reads, a rate that Prodigy would multiply its own by, a schedule for the schedule-free."""
         needs = {
-            "loraplus_lr_ratio": ("adamw", "adamw8bit", "adamwschedulefree", "adafactor", "lion"),
+            "loraplus_lr_ratio": BY_GROUP,
             "ema_decay": UNAVERAGED,
             "scale_weight_norms": UNAVERAGED,
             "placeholder_token": UNAVERAGED,

@@ -10,6 +10,8 @@ from typing import Any
 
 from components.errors import BadInput
 from components.importers.settings import (
+    AUGMENTS,
+    OWN_WAY,
     Imported,
     Line,
     Section,
@@ -32,8 +34,6 @@ NETWORK_KEYS = known("ai_toolkit", "network")
 TRAIN_KEYS = known("ai_toolkit", "train")
 MODEL_KEYS = known("ai_toolkit", "model")
 DATASET_KEYS = known("ai_toolkit", "dataset")
-OWN_WAY = "Safelight decides where it runs and what it writes"
-AUGMENTS = "Safelight trains on pictures as they are"
 CACHES = "Safelight always caches, by content"
 REASONS = {
     **dict.fromkeys(["training_folder", "device", "sample", "logging", "performance_log_every", "sqlite_db_path",

@@ -13,6 +13,7 @@ from typing import Any
 
 from components.errors import BadInput
 from components.importers.settings import (
+    AUGMENTS,
     Imported,
     Line,
     Section,
@@ -38,7 +39,6 @@ TRAINING_KEYS = {"network_module", "pretrained_model_name_or_path", "learning_ra
 DATASET_KEYS = known("kohya", "dataset")
 SUBSET_KEYS = known("kohya", "subset")
 ARGUMENTS = DATASET_KEYS | SUBSET_KEYS | known("kohya", "arguments")
-AUGMENTS = "Safelight trains on pictures as they are"
 WRITES = "Safelight decides what it writes, and where"
 REASONS = {
     **dict.fromkeys(["flip_aug", "color_aug", "random_crop", "face_crop_aug_range"], AUGMENTS),

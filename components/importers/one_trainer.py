@@ -10,6 +10,7 @@ from typing import Any
 
 from components.errors import BadInput
 from components.importers.settings import (
+    OWN_WAY,
     Imported,
     Line,
     Section,
@@ -33,7 +34,6 @@ TRAINER = "OneTrainer"
 KEYS = known("one_trainer", "training")
 CONCEPT_KEYS = known("one_trainer", "concept")
 TEXT_KEYS = known("one_trainer", "text")
-OWN_WAY = "Safelight decides where it runs and what it writes"
 OWN = ("tensorboard", "sample", "backup", "rolling", "output", "debug", "cloud", "save", "async", "device", "fused",
        "dataloader")
 REASONS = {

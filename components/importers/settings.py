@@ -14,6 +14,8 @@ from components.errors import BadInput
 
 Outcome = Literal["mapped", "ignored", "unknown", "note"]
 NO_SETTING = "Safelight has no such setting"
+OWN_WAY = "Safelight decides where it runs and what it writes"
+AUGMENTS = "Safelight trains on pictures as they are"
 
 
 @cache
