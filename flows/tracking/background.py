@@ -21,7 +21,7 @@ class BackgroundSending:
     def __init__(self, sender: Sender, every_s: float):
         self.sender, self._every_s = sender, every_s
         self.failing = False  # the last attempt did
-        self._awake, self._closing = threading.Event(), threading.Event()
+        self._awake, self._closing, self._given_up = threading.Event(), threading.Event(), threading.Event()
         self._ready = False
         self._thread = threading.Thread(target=self._run, name=f"mlflow {sender.run_uid}", daemon=True)
         self._thread.start()
@@ -30,7 +30,10 @@ class BackgroundSending:
         self._awake.set()
 
     def finish(self, timeout_s: float) -> bool:
-        """Send the rest. True when the server has everything; one that does not answer is given up early."""
+        """Send the rest. True when the server has everything; one that does not answer is given up early.
+
+        Given up means that the thread ends with the attempt it is at: whoever sends the rest later finds no rival.
+        """
         began = time.monotonic()
         self._closing.set()
         self._awake.set()
@@ -39,6 +42,8 @@ class BackgroundSending:
             grace = DEAD_SERVER_GRACE_S if self.failing else SILENT_SERVER_GRACE_S
             if self._ready and time.monotonic() - max(began, self.sender.answered_at or began) > grace:
                 break
+        self._given_up.set()
+        self._awake.set()
         sent = not self._thread.is_alive() and not self.sender.pending()
         if not sent:
             logger.warning(
@@ -52,7 +57,7 @@ class BackgroundSending:
         delay = self._every_s
         import_mlflow()
         self._ready = True
-        while True:
+        while not self._given_up.is_set():
             closing = self._closing.is_set()
             try:
                 self.sender.send_pending()

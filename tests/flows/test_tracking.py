@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def test_a_run_without_any_server_costs_microseconds_a_step_and_seconds_at_the_e
     assert time.monotonic() - begun < 2 * background.DEAD_SERVER_GRACE_S
     assert tracker.url is None
     assert recovery.pending(bench) == [run_uid]
+    until(lambda: not _senders(run_uid))  # given up is over: no thread is left that holds the journal's lock
     with pytest.raises(ServiceUnavailable, match="safelight up"):
         recovery.catch_up(bench, run_uid, url="http://127.0.0.1:9")
 
@@ -296,6 +298,10 @@ def test_an_outage_stops_nothing_and_the_rest_is_sent_once_later(
     assert len(run.inputs.dataset_inputs) == 1
     images = connect(mlflow_url).list_artifacts(run.info.run_id, "images")
     assert len({Path(file.path).name.partition("+timestamp")[0] for file in images}) == 2
+
+
+def _senders(run_uid: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if run_uid in thread.name]
 
 
 def until(happened: Any, timeout_s: float = 60) -> None:
