@@ -14,8 +14,9 @@ from prefect.runtime import flow_run
 
 from components.catalog import runs
 from components.config import CurationConfig, DataConfig, DataSource
+from components.curation.manifest import read_manifest
 from components.curation.snapshots import curate as make_snapshot
-from components.curation.snapshots import curate_key, read_manifest
+from components.curation.snapshots import curate_key
 from components.demo.emoji import METADATA_NAME, SIZE, write_image_folder
 from components.errors import StageFailed
 from components.stages import Bench, ensure

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from components.config import BaseModelConfig, Recipe, load_recipe
-from components.curation.snapshots import SampleRow, curate, curate_key, read_manifest
+from components.curation.manifest import SampleRow, read_manifest
+from components.curation.snapshots import curate, curate_key
 from components.families.bases import BaseModel, resolve_base
 from components.latents.caching import cache_latents
 from components.latents.keys import training_size

@@ -34,7 +34,7 @@ from components.catalog.models import (
     SourceFile,
     now,
 )
-from components.curation.snapshots import read_manifest
+from components.curation.manifest import read_manifest
 from components.errors import BadInput, DamagedArtifact
 from components.garbage import REMEMBERED, is_naming, reachable, survey, sweep
 from components.stages import Bench, Product, canonical_json, committed, ensure

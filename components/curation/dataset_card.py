@@ -18,7 +18,7 @@ from components.catalog import datasets
 from components.catalog.database import Catalog
 from components.catalog.datasets import SnapshotRow
 from components.catalog.models import Run, Snapshot, StageRun
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.storage import atomic_write
 
 SHOWN = 20  # values of a count; the others are one line

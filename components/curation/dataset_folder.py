@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from components.catalog.datasets import SnapshotRow
 from components.curation.dataset_card import SplitFiles, write_card
-from components.curation.snapshots import SampleRow, read_manifest
+from components.curation.manifest import SampleRow, read_manifest
 from components.errors import BadInput
 from components.stages import Bench
 from components.storage import Store, atomic_write, fsync_dir

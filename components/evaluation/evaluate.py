@@ -15,7 +15,7 @@ from sqlalchemy import select
 from components.catalog.database import Catalog
 from components.catalog.models import Evaluation, Generation
 from components.config import EvaluationConfig, PromotionConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.evaluation import intervals, metrics
 from components.evaluation.embedders import Embedder, load_embedder
 from components.evaluation.feature_cache import EmbeddedSamples, features_of_gallery, open_drawn

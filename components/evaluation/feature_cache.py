@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from components.curation.manifest import SampleRow
 from components.curation.pixels import decode
-from components.curation.snapshots import SampleRow
 from components.evaluation.embedders import Embedder
 from components.evaluation.generation import Picture
 from components.families.bases import BaseModel

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from components.config import EvaluationConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.errors import BadInput
 from components.evaluation.generation import Request
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from components.curation.manifest import SampleRow
 from components.curation.pixels import decode
-from components.curation.snapshots import SampleRow
 from components.evaluation.generation import Picture, Request
 from components.storage import Store
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from components.config import EvaluationConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.diffusion.samplers import sampler_from_scheduler
 from components.errors import BadInput, BaseModelError
 from components.evaluation import intervals, metrics

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.families.bases import BaseModel
 from components.families.placement import release_memory
 from components.latents.buckets import Bucket

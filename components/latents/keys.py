@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.config import TrainingConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.families.bases import BaseModel
 from components.families.family import Framing
 from components.latents.buckets import Bucket, assign, buckets, placement

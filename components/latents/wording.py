@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from components.config import TrainingConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from components.catalog.models import (
     StageRun,
 )
 from components.config import BaseModelConfig, TrainingConfig
-from components.curation.snapshots import read_manifest
+from components.curation.manifest import read_manifest
 from components.errors import BadInput, BaseModelError
 from components.families import FAMILIES
 from components.families.bases import HUB_ID, find_base, resolve_base

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.config import TrainingConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.diffusion.draws import Draw, Draws
 from components.diffusion.noise import INPUT_NOISES, NOISES, chosen, white
 from components.diffusion.objectives import Objective, objective_from_scheduler

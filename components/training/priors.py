@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from components.config import EvaluationConfig, TrainingConfig
+from components.curation.manifest import SampleRow
 from components.curation.pixels import decode, rgb_digest
-from components.curation.snapshots import SampleRow
 from components.evaluation.generation import Picture, Request, Settings, draw_gallery
 from components.families.bases import BaseModel
 from components.latents.caching import cache_latents

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.diffusion.draws import Draw
 from components.errors import LatentCacheMismatch
 from components.families.bases import BaseModel

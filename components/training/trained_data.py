@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from components.config import TrainingConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.latents.buckets import Bucket, assign
 
 MOST_TAGS = 500  # in a header, the most frequent; captions that are sentences are hardly ever alike

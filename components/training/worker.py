@@ -82,7 +82,7 @@ def _progress(emit: Event) -> Callable[[int, int], None]:
 
 
 def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
-    from components.curation.snapshots import read_manifest
+    from components.curation.manifest import read_manifest
     from components.families.bases import resolve_base
     from components.latents.caching import cache_latents
     from components.latents.wording import Wording
@@ -99,7 +99,7 @@ def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
 
 def _fine_tune(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     """A request with a rank comes from the first process of the training, which alone is told what happens."""
-    from components.curation.snapshots import read_manifest
+    from components.curation.manifest import read_manifest
     from components.families.bases import resolve_base
     from components.training.finetune import fine_tune
     from components.training.processes import joined, started
@@ -125,7 +125,7 @@ def _fine_tune(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
 
 
 def _evaluate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
-    from components.curation.snapshots import read_manifest
+    from components.curation.manifest import read_manifest
     from components.evaluation.evaluate import Contender, evaluate
     from components.families.bases import resolve_base
 
@@ -179,7 +179,7 @@ def _generate(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
 
 
 def _study(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
-    from components.curation.snapshots import read_manifest
+    from components.curation.manifest import read_manifest
     from components.evaluation.study import StudyPlan, study_samplers
     from components.families.bases import resolve_base
 

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from components.config import BaseModelConfig, load_recipe
-from components.curation.snapshots import curate, curate_key, read_manifest
+from components.curation.manifest import read_manifest
+from components.curation.snapshots import curate, curate_key
 from components.families.bases import resolve_base
 from components.latents.caching import cache_latents
 from components.stages import Bench

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from components.config import TrainingConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.families.bases import BaseModel
 from components.latents.encoding import encode_missing
 from components.latents.keys import (

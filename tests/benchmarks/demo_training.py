@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 from components.config import load_recipe
-from components.curation.snapshots import curate, curate_key, read_manifest
+from components.curation.manifest import read_manifest
+from components.curation.snapshots import curate, curate_key
 from components.demo.icons import write_icons
 from components.families.bases import resolve_base
 from components.latents.caching import cache_latents

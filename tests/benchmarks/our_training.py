@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from components.config import BaseModelConfig, load_recipe
-from components.curation.snapshots import SampleRow, curate, curate_key, read_manifest
+from components.curation.manifest import SampleRow, read_manifest
+from components.curation.snapshots import curate, curate_key
 from components.diffusion.draws import Draw, Draws
 from components.families.bases import BaseModel, resolve_base
 from components.latents.caching import cache_latents

@@ -16,9 +16,9 @@ from components.catalog.differences import named_snapshot
 from components.catalog.models import Snapshot
 from components.curation import dataset_folder
 from components.curation.dataset_folder import DatasetFolder, export_dataset
+from components.curation.manifest import read_manifest
 from components.curation.masks import mask_png
 from components.curation.pixels import decode
-from components.curation.snapshots import read_manifest
 from components.errors import BadInput, DamagedArtifact
 from components.stages import Bench, Product, StageResult
 from tests.curation.folders import curated, picture, pictures, table

@@ -21,7 +21,9 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from components.config import CurationConfig, DataConfig
 from components.curation.items import Item
-from components.curation.snapshots import curate, read_manifest, scan
+from components.curation.manifest import read_manifest
+from components.curation.scanning import scan
+from components.curation.snapshots import curate
 from components.curation.sources import LAYOUTS, Reading, read_data
 from components.errors import BadInput
 from components.stages import Bench

@@ -17,7 +17,9 @@ from PIL import Image
 
 from components.catalog import datasets
 from components.config import CurationConfig
-from components.curation.snapshots import CHUNK, SampleRow, curate, curate_key, read_manifest
+from components.curation.examining import CHUNK
+from components.curation.manifest import SampleRow, read_manifest
+from components.curation.snapshots import curate, curate_key
 from components.errors import BadInput, DamagedArtifact
 from components.stages import Bench, Product
 from tests.curation.folders import curated, new_bench, picture, pictures, sources, table, tree_digest

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components.config import DataConfig
-from components.curation.snapshots import scan
+from components.curation.scanning import scan
 from components.stages import Bench
 
 Source = dict[str, Any]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from components.config import CurationConfig, DataConfig, DataSource
-from components.curation.snapshots import curate, read_manifest
+from components.curation.manifest import read_manifest
+from components.curation.snapshots import curate
 from components.demo.icons import (
     ATTRIBUTION_NAME,
     HELD_OUT_CONCEPTS,

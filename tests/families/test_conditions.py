@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from components.config import BaseModelConfig, load_recipe
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.errors import BaseModelError
 from components.families.autoencoders import GaussianLatents
 from components.families.bases import BaseModel, find_base, resolve_base

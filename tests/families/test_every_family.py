@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from components.config import BaseModelConfig, EvaluationConfig, TrainingConfig, load_recipe, parse_recipe
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.diffusion.samplers import sampler_from_scheduler
 from components.errors import BadInput, BaseModelError, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch, open_pipeline

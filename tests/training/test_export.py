@@ -32,7 +32,7 @@ from components.catalog.models import (
     StageRun,
 )
 from components.config import parse_recipe
-from components.curation.snapshots import MANIFEST_SCHEMA, SampleRow
+from components.curation.manifest import MANIFEST_SCHEMA, SampleRow
 from components.errors import BadInput, DamagedArtifact
 from components.families.stable_diffusion import StableDiffusion
 from components.layouts.files import read_adapter

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from components.config import CurationConfig, DataConfig, DataSource
-from components.curation.snapshots import SampleRow, curate, read_manifest
+from components.curation.manifest import SampleRow, read_manifest
+from components.curation.snapshots import curate
 from components.diffusion.draws import Draw
 from components.diffusion.objectives import objective_from_scheduler
 from components.errors import BadInput, RecipeError, Stopped

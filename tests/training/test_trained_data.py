@@ -3,7 +3,7 @@
 import json
 
 from components.config import TrainingConfig
-from components.curation.snapshots import SampleRow
+from components.curation.manifest import SampleRow
 from components.latents.buckets import Bucket
 from components.training.trained_data import data_metadata
 

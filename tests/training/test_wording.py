@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from components.config import CurationConfig, DataConfig, DataSource, TrainingConfig
-from components.curation.snapshots import SampleRow, curate, read_manifest
+from components.curation.manifest import SampleRow, read_manifest
+from components.curation.snapshots import curate
 from components.diffusion.draws import Draw
 from components.errors import RecipeError, Stopped
 from components.latents.keys import cache_key

@@ -1,0 +1,67 @@
+"""A snapshot's manifest: the kept samples as Parquet bytes, the same for the same rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.storage import Store
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A kept sample, as the manifest lists it."""
+
+    sha256: str
+    rgb_digest: str
+    file_name: str
+    text: str
+    group: str | None
+    component: str
+    split: str
+    width: int
+    height: int
+    licence: str | None
+    author: str | None
+    source: str | None
+    repeats: int
+    mask: str | None = None  # sha256 of a grey PNG of the picture's size
+    variants: tuple[str, ...] = ()  # captions besides `text`
+    is_reg: bool = False  # a picture of the class, for prior preservation
+
+
+MANIFEST_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("sha256", "rgb_digest", "file_name", "text")]
+    + [pa.field("group", pa.string())]
+    + [pa.field(name, pa.string(), nullable=False) for name in ("component", "split")]
+    + [pa.field(name, pa.int32(), nullable=False) for name in ("width", "height")]
+    + [pa.field(name, pa.string()) for name in ("licence", "author", "source")]
+    + [pa.field("repeats", pa.int32(), nullable=False)]
+)
+OPTIONAL_FIELDS = (  # only in the manifest of a set where a row has one
+    pa.field("mask", pa.string()),
+    pa.field("variants", pa.list_(pa.string())),
+    pa.field("is_reg", pa.bool_()),
+)
+SKIPPED_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("source", "file_name", "reason")])
+VERDICT_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("file_name", "check", "decision")]
+    + [pa.field("sha256", pa.string()), pa.field("score", pa.float64()), pa.field("threshold", pa.float64())]
+    + [pa.field("reason", pa.string(), nullable=False)]
+)
+
+
+def read_manifest(store: Store, digest: str) -> list[SampleRow]:
+    """The samples of a snapshot, sorted by (split, file name, sha256). Raises DamagedArtifact."""
+    table = pq.read_table(pa.BufferReader(store.read(digest)))
+    return [SampleRow(**row | {"variants": tuple(row.get("variants") or ())}) for row in table.to_pylist()]
+
+
+def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """Equal rows give equal bytes: one row group per million rows, no compression library's whims, no timestamps."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="none", version="2.6",
+                   row_group_size=1_000_000)
+    return sink.getvalue().to_pybytes()
