@@ -379,6 +379,7 @@ class _Start:
         if service.name == "prefect":
             variables.pop("PREFECT_API_URL", None)
             variables.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES_ON_DISK)
+            variables.setdefault("PREFECT_SERVER_UI_API_URL", f"http://{LOOPBACK}:{port}/api")  # else port 4200's runs
         self.progress(f"{service.name}: starting" + (f" on port {port}" if port else ""))
         with (workspace.logs / f"{service.name}.log").open("ab") as log:
             process = subprocess.Popen(

@@ -1,8 +1,10 @@
 """What every test stands on: a workspace of its own, no outside host, and servers that are started once per session."""
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     bench.catalog.migrate()
     bench.catalog.engine.dispose()
     try:
-        urls = services.ensure_up(workspace)
+        with socket.socket() as usual:  # held, so that Prefect and its pages are tried on a port that is not their own
+            usual.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                usual.bind((services.LOOPBACK, services.SERVICES["prefect"].port or 0))
+                usual.listen()
+            urls = services.ensure_up(workspace)
         yield Served(workspace, urls, services.environment(workspace, urls))
     finally:
         services.down(workspace)

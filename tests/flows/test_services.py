@@ -193,6 +193,13 @@ def test_prefect_holds_the_slot_and_the_automation_that_ends_zombies(served: Ser
 
 
 @pytest.mark.services
+def test_the_pages_of_prefect_show_the_server_that_they_are_served_by(served: Served):
+    assert not served.urls.prefect_url.endswith(":4200")
+    with urlopen(f"{served.urls.prefect_url}/ui-settings") as answer:
+        assert json.loads(answer.read())["api_url"] == f"{served.urls.prefect_url}/api"
+
+
+@pytest.mark.services
 def test_a_foreign_host_header_gets_nothing_from_mlflow(served: Served):
     host, port = served.urls.mlflow_url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
