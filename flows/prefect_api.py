@@ -51,8 +51,12 @@ def slot_name() -> str:
 
 
 def prepare(root: str) -> None:
-    """Create what runs rely on, where it is missing: this host's slot, and the automation that ends zombies."""
-    _create(root, "v2/concurrency_limits/", {"name": slot_name(), "limit": 1, "active": True})
+    """Create what runs rely on, where it is missing: this host's slot, and the automation that ends zombies.
+
+    Usually both are there, and nothing is written: a write waits for whoever holds the server's database.
+    """
+    if slot_name() not in {limit["name"] for limit in call(root, "v2/concurrency_limits/filter", {})}:
+        _create(root, "v2/concurrency_limits/", {"name": slot_name(), "limit": 1, "active": True})
     if call(root, "automations/filter", {"automations": {"name": {"any_": [ZOMBIE_AUTOMATION]}}}):
         return
     _create(

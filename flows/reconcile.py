@@ -23,7 +23,7 @@ from components.errors import SafelightError
 from components.families.bases import safetensors_fault
 from components.stages import Bench
 from components.workspace import Workspace
-from flows import deployments, prefect_api, services
+from flows import deployments, prefect_api, processes, services
 from flows.tracking import recovery, registry
 
 SILENT_ELSEWHERE = timedelta(minutes=15)  # a run on another host that was not heard of for so long is taken for dead
@@ -212,7 +212,7 @@ def _services(bench: Bench) -> Iterator[Finding]:
 
         log = bench.workspace.logs / f"{state.name}.log"
         yield Finding(
-            f"{state.name} {'died' if died else 'does not answer'}: {services.last_line(log) or 'no word in its log'}",
+            f"{state.name} {'died' if died else 'does not answer'}: {processes.last_line(log) or 'no word in its log'}",
             str(log),
             "start it again",
             restart,

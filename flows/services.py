@@ -7,10 +7,8 @@ mark in its environment, so `down` ends exactly what `up` started, also when the
 import http.client
 import importlib.util
 import ipaddress
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -28,20 +26,28 @@ import psutil
 from filelock import FileLock
 
 from components.errors import BadInput, ServiceUnavailable
-from components.storage import atomic_write
 from components.workspace import Workspace
 from flows import prefect_api
+from flows.processes import (
+    CLOCK_SLACK_S,
+    LOOPBACK,
+    MARK,
+    Record,
+    end,
+    last_line,
+    last_lines,
+    marked_processes,
+    read_records,
+    url_of,
+    write_records,
+)
 
 Progress = Callable[[str], None]
 State = Literal["up", "starting", "down", "elsewhere", "absent"]
 
-LOOPBACK = "127.0.0.1"
-MARK = "SAFELIGHT_SERVICE"  # set in the environment of everything started here: "<home>::<service>"
 PORTS_TRIED = 200
-STOP_GRACE_S = 10.0
 POLL_S = 0.2
 PARTING_LINES = 40  # of a log, among which a server says why it ends: a traceback may follow
-CLOCK_SLACK_S = 2.0  # creation times move with the system clock; a reused pid is never this close
 LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"  # in memory, a killed server's slots stay taken
 RUNNER_BEAT_S = 60.0  # the runner touches its beat file at every poll
 
@@ -64,27 +70,6 @@ class ServiceStatus:
     url: str
     pid: int | None
     detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What `services.json` remembers of a service: its port for good, its process while there is one."""
-
-    port: int | None = None
-    pid: int | None = None
-    created: float | None = None
-    release: str | None = None  # version of the package that served this workspace last
-
-    def process(self) -> psutil.Process | None:
-        """The recorded process if it still lives, never another one that inherited its pid."""
-        if self.pid is None or self.created is None:
-            return None
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < CLOCK_SLACK_S
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.Error:
-            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +156,7 @@ def ensure_up(
             _require_answer(name, outside)
             if name == "prefect":
                 prefect_api.prepare(outside.removesuffix("/api"))
-    records = _read_records(workspace)
+    records = read_records(workspace)
     if all(_healthy(workspace, SERVICES[name], records.get(name, Record())) for name in wanted):
         return current(workspace)
     with FileLock(workspace.locks / "services.lock"):
@@ -181,20 +166,20 @@ def ensure_up(
 
 def current(workspace: Workspace) -> Services:
     """The remembered addresses of what was started and still lives, unchecked; nothing is started."""
-    records = _read_records(workspace)
+    records = read_records(workspace)
 
     def address(name: str) -> str:
         if outside := _elsewhere(name):
             return outside.removesuffix("/api") if name == "prefect" else outside
         record = records.get(name, Record())
-        return _url(record) if record.process() else ""
+        return url_of(record) if record.process() else ""
 
     return Services(address("prefect"), address("mlflow"), address("dashboard"))
 
 
 def status(workspace: Workspace) -> list[ServiceStatus]:
     """What each service is doing right now."""
-    records = _read_records(workspace)
+    records = read_records(workspace)
     return [_status_of(workspace, service, records.get(service.name, Record())) for service in SERVICES.values()]
 
 
@@ -205,33 +190,33 @@ def down(workspace: Workspace, *, progress: Progress = lambda _: None) -> list[s
     workspace.create()
     ended = []
     with FileLock(workspace.locks / "services.lock"):
-        records = _read_records(workspace)
-        marked = _marked_processes(workspace)
+        records = read_records(workspace)
+        marked = marked_processes(workspace)
         for name in reversed(SERVICES):  # the runner first, so that it starts nothing new
             record = records.get(name, Record())
             recorded = record.process()
             processes = ([recorded] if recorded else []) + marked.get(name, [])
             if processes:
-                _end(processes)
+                end(processes)
                 ended.append(name)
                 progress(f"{name}: ended")
             records[name] = Record(port=record.port, release=record.release)
-        _write_records(workspace, records)
+        write_records(workspace, records)
     return ended
 
 
 def was_started(workspace: Workspace, name: str) -> bool:
     """Whether `up` started this service and nobody has taken it down since, be it alive or not."""
-    return _read_records(workspace).get(name, Record()).pid is not None
+    return read_records(workspace).get(name, Record()).pid is not None
 
 
 def restart(workspace: Workspace, name: str) -> None:
     """End what is left of one service and start it again on its port."""
     with FileLock(workspace.locks / "services.lock"):
-        process = _read_records(workspace).get(name, Record()).process()
-        leftovers = ([process] if process else []) + _marked_processes(workspace).get(name, [])
+        process = read_records(workspace).get(name, Record()).process()
+        leftovers = ([process] if process else []) + marked_processes(workspace).get(name, [])
         if leftovers:
-            _end(leftovers)
+            end(leftovers)
     ensure_up(workspace, (name,))
 
 
@@ -294,21 +279,6 @@ def refuse_public_address(host: str) -> None:
         )
 
 
-def last_line(path: Path) -> str:
-    """The last line of a log that says something, at most 200 characters."""
-    return next(iter(last_lines(path, 1)), "")
-
-
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a log that say something, each at most 200 characters."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    spoken = [line.strip()[:200] for line in lines if any(character.isalnum() for character in line)]
-    return spoken[-count:]
-
-
 # starting ---------------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +288,7 @@ class _Start:
     def __init__(self, workspace: Workspace, progress: Progress):
         self.workspace = workspace
         self.progress = progress
-        self.records = _read_records(workspace)
+        self.records = read_records(workspace)
         self.mutex = threading.Lock()
         self.stop = threading.Event()
 
@@ -346,8 +316,8 @@ class _Start:
         for _ in range(3):
             if self._wait(service, record, started + service.patience_s):
                 if service.name == "prefect":
-                    prefect_api.prepare(_url(record))
-                self.progress(f"{service.name}: up after {time.monotonic() - started:.0f} s  {_url(record)}".rstrip())
+                    prefect_api.prepare(url_of(record))
+                self.progress(f"{service.name}: up after {time.monotonic() - started:.0f} s  {url_of(record)}".rstrip())
                 return
             if found and record.process() is None:  # it was on its way out when we came
                 found, record = False, self._launch(service, record)
@@ -423,7 +393,7 @@ class _Start:
     def _remember(self, service: Service, record: Record) -> None:
         with self.mutex:
             self.records[service.name] = record
-            _write_records(self.workspace, self.records)
+            write_records(self.workspace, self.records)
 
 
 def _prepare_mlflow_database(workspace: Workspace, served_by: str | None) -> None:
@@ -514,7 +484,7 @@ def _status_of(workspace: Workspace, service: Service, record: Record) -> Servic
         return ServiceStatus(service.name, "down", "", None, "`safelight up` starts it")
     healthy = _healthy(workspace, service, record)
     detail = "healthy" if healthy else last_line(workspace.logs / f"{service.name}.log")
-    return ServiceStatus(service.name, "up" if healthy else "starting", _url(record), process.pid, detail)
+    return ServiceStatus(service.name, "up" if healthy else "starting", url_of(record), process.pid, detail)
 
 
 def _elsewhere(name: str) -> str:
@@ -552,10 +522,6 @@ def _release(service: Service) -> str | None:
         return None
 
 
-def _url(record: Record) -> str:
-    return f"http://{LOOPBACK}:{record.port}" if record.port else ""
-
-
 def _bindable(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -570,64 +536,3 @@ def _port_conflict(workspace: Workspace, service: Service) -> bool:
     """Whether a server lost its port to another between our look and its own; what it says while ending comes after."""
     told = last_lines(workspace.logs / f"{service.name}.log", PARTING_LINES)
     return service.port is not None and any("in use" in line.lower() for line in told)
-
-
-# processes and the file that remembers them -----------------------------------------------------------------------
-
-
-def _marked_processes(workspace: Workspace) -> dict[str, list[psutil.Process]]:
-    """Living processes that carry this workspace's mark, by service: also those nobody came to write down."""
-    found: dict[str, list[psutil.Process]] = {}
-    for process in psutil.process_iter():
-        try:
-            mark = process.environ().get(MARK, "")
-        except (psutil.Error, OSError):
-            continue
-        home, _, name = mark.rpartition("::")
-        if home == str(workspace.home) and process.pid != os.getpid() and name in SERVICES:
-            found.setdefault(name, []).append(process)
-    return found
-
-
-def _end(processes: Sequence[psutil.Process]) -> None:
-    """SIGTERM to the processes, then, after a grace, SIGKILL to them and everything below them."""
-    family = {member.pid: member for process in processes for member in (process, *_children(process))}
-    family.pop(os.getpid(), None)
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(list(family.values()), timeout=STOP_GRACE_S / 2)
-    for process in alive:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(alive, timeout=STOP_GRACE_S / 2)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=STOP_GRACE_S / 2)
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.Error:
-        return
-
-
-def _read_records(workspace: Workspace) -> dict[str, Record]:
-    try:
-        body = json.loads(workspace.services_file.read_text(encoding="utf-8"))
-        return {name: Record(**fields) for name, fields in body["services"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_records(workspace: Workspace, records: dict[str, Record]) -> None:
-    addresses = {f"{name}_url": _url(record) if record.pid else None for name, record in records.items() if record.port}
-    body = {"schema": 1, "services": {name: asdict(record) for name, record in records.items()}} | addresses
-    with atomic_write(workspace.services_file) as file:
-        file.write(json.dumps(body, indent=2).encode())

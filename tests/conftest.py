@@ -32,6 +32,7 @@ import pytest  # noqa: E402
 from components.stages import Bench  # noqa: E402
 from components.workspace import Workspace  # noqa: E402
 from flows import services  # noqa: E402
+from flows.processes import LOOPBACK  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         with socket.socket() as usual:  # held, so that Prefect and its pages are tried on a port that is not their own
             usual.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with suppress(OSError):
-                usual.bind((services.LOOPBACK, services.SERVICES["prefect"].port or 0))
+                usual.bind((LOOPBACK, services.SERVICES["prefect"].port or 0))
                 usual.listen()
             urls = services.ensure_up(workspace)
         yield Served(workspace, urls, services.environment(workspace, urls))

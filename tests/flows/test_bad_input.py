@@ -15,7 +15,7 @@ import pytest
 from components.catalog import datasets, runs
 from components.stages import Bench
 from components.workspace import Workspace
-from flows import services
+from flows import processes, services
 from flows.tracking.recovery import pending
 from tests.conftest import Served
 from tests.curation.folders import tree_digest
@@ -188,7 +188,7 @@ def test_a_run_outlives_its_servers_and_tells_them_everything_when_they_are_back
         while not any(run.name == "outlived" and training(run.progress) for run in runs.running(bench.catalog)):
             assert command.poll() is None
             time.sleep(0.05)
-        marked = services._marked_processes(served.workspace)
+        marked = processes.marked_processes(served.workspace)
         for server in [*marked["mlflow"], *marked["prefect"]]:
             server.kill()
         out, err = command.communicate(timeout=600)

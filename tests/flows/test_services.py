@@ -18,9 +18,10 @@ import pytest
 
 from components.errors import BadInput, ServiceUnavailable
 from components.workspace import Workspace
-from flows import services
+from flows import processes, services
 from flows.prefect_api import call, slot_name
-from flows.services import Record, Service, Services
+from flows.processes import Record
+from flows.services import Service, Services
 from tests.conftest import Served
 
 DESK = "dashboard"  # the service whose place a small web server takes, so that a test starts in a second
@@ -51,7 +52,7 @@ def free_port() -> int:
 
 
 def record_of(workspace: Workspace) -> Record:
-    return services._read_records(workspace)[DESK]
+    return processes.read_records(workspace)[DESK]
 
 
 def replace_command(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
@@ -110,7 +111,7 @@ def test_a_service_that_does_not_start_is_named_with_its_last_words(desk: Worksp
 def test_down_spares_a_process_that_only_inherited_the_pid(desk: Workspace):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
         born = psutil.Process(stranger.pid).create_time()
-        services._write_records(desk, {DESK: Record(port=1, pid=stranger.pid, created=born - 60)})
+        processes.write_records(desk, {DESK: Record(port=1, pid=stranger.pid, created=born - 60)})
         assert services.down(desk) == [] and stranger.poll() is None
         stranger.kill()
 
@@ -135,7 +136,7 @@ def test_three_commands_at_once_start_one_service(desk: Workspace):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(services._marked_processes(desk)[DESK]) == 1
+    assert len(processes.marked_processes(desk)[DESK]) == 1
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org", ""])
@@ -211,8 +212,8 @@ def test_a_foreign_host_header_gets_nothing_from_mlflow(served: Served):
 def test_every_server_listens_on_this_machine_only(served: Served):
     listening = [
         connection.laddr.ip
-        for processes in services._marked_processes(served.workspace).values()
-        for process in processes
+        for family in processes.marked_processes(served.workspace).values()
+        for process in family
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]
@@ -221,8 +222,8 @@ def test_every_server_listens_on_this_machine_only(served: Served):
 
 @pytest.mark.services
 def test_the_servers_are_few_and_lean(served: Served):
-    processes = services._marked_processes(served.workspace)
-    assert len(processes["mlflow"]) <= 3 and len(processes["prefect"]) <= 2
+    running = processes.marked_processes(served.workspace)
+    assert len(running["mlflow"]) <= 3 and len(running["prefect"]) <= 2
     assert json.loads(served.workspace.services_file.read_text())["mlflow_url"] == served.urls.mlflow_url
     assert os.environ.get("PREFECT_API_URL") is None
 
