@@ -186,7 +186,8 @@ def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: Obj
     splits = {row.file_name: row for row in rows}
     items, verdicts = [], []
     for ordinal, i in enumerate(sorted(range(len(batch.files)), key=lambda i: (batch.rejected(i), batch.name(i)))):
-        items.append(_item_values(batch, i, ordinal, splits.get(batch.name(i))))
+        row = None if batch.rejected(i) else splits[batch.name(i)]  # a rejected file's name may look like another's
+        items.append(_item_values(batch, i, ordinal, row))
         verdicts += [asdict(verdict) | {"ordinal": ordinal} for verdict in batch.verdicts[i]]
     with bench.catalog.write() as session:
         snapshot = session.scalar(
