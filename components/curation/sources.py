@@ -5,6 +5,7 @@ opened; whatever cannot be used becomes an item with a problem, whatever is no p
 `docs/data.md` has the rules.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ __all__ = [
     "require_folders", "require_pictures",
 ]
 
+ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/")  # also behind the folder of the recipe
 ARCHIVES = (".tar", *ROW_SUFFIXES)  # files that are a source by themselves
 
 
@@ -247,6 +249,8 @@ def _root_of(source: DataSource) -> tuple[Path, Path]:
     if source.revision is not None:
         return fetch_dataset(source.path, source.revision)
     root = Path(source.path)
+    if not root.exists() and (address := ADDRESS.search(source.path)):  # with what may be a password
+        raise BadInput(f"{address[1]}://…: is an address, expected a folder; download the data and name its folder")
     if not root.exists():
         raise BadInput(f"{root}: no such folder; pass a folder of pictures with captions")
     if not root.is_dir() and (root.suffix.lower() not in ARCHIVES or not root.is_file()):

@@ -19,7 +19,7 @@ import pytest
 from datasets import Dataset
 
 from components.catalog import datasets
-from components.config import CurationConfig, DataConfig
+from components.config import CurationConfig, DataConfig, load_recipe
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.scanning import scan
 from components.curation.snapshots import curate
@@ -383,6 +383,15 @@ def test_an_address_in_the_data_is_never_asked(bench: Bench, tmp_path: Path):
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()
+
+
+@pytest.mark.parametrize("address", ["https://me:hf_canary@host/set", "s3://AKIACANARY:canary@bucket/set"])
+def test_an_address_for_a_source_is_refused_without_its_password(tmp_path: Path, address: str):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'name = "blobs"\n[[data.sources]]\npath = "{address}"\n')
+    with pytest.raises(BadInput, match=r"^(https|s3)://…: is an address, expected a folder") as caught:
+        read_data(load_recipe(recipe).data)
+    assert "canary" not in str(caught.value).lower()
 
 
 # damaged shards -------------------------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ def test_any_sequence_of_changes_rescans_and_crashes_gives_the_snapshot_of_a_fre
     """A few of the thousand that `make soak` does with real kills."""
     tally = Tally()
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(sequences())
     def drawn(sequence: Sequence) -> None:
         check(sequence, in_memory, tally=tally)
@@ -72,10 +73,10 @@ def test_a_change_that_leaves_size_and_time_of_writing_as_they_were_is_seen(tmp_
 
 def test_the_property_fails_where_an_edit_is_overlooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Were size and time of writing all that a scan looked at, it would be told from a fresh one."""
+
     def careless(row, now) -> bool:
         return (row.size, row.mtime_ns) == (now.st_size, now.st_mtime_ns)
 
     monkeypatch.setattr(memory, "_unchanged", careless)
     with pytest.raises(AssertionError):
         check(Sequence("all train", False, LATE_EDITS["edited in place"]), tmp_path)
-
