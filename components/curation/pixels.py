@@ -227,7 +227,7 @@ def _upper_bits(image: Image.Image, stored: str) -> NDArray[np.uint8]:
         raise UnreadableImage("whole numbers below 0 or beyond 16 bits have no agreed range; save it with 8 or 16 bits "
                               "per channel")
     upper = (values >> (4 if stored.startswith("I;12") else 8)).astype(np.uint8)
-    return 255 - upper if _tags(image).get(_TiffTag.MEANING) == _WHITE_IS_ZERO else upper
+    return ~upper if _tags(image).get(_TiffTag.MEANING) == _WHITE_IS_ZERO else upper
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, list[str]]:

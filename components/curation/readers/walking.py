@@ -66,6 +66,7 @@ def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
 
     Raises BadInput where `root` itself may not be listed.
     """
+    opened: list[tuple[Iterator[os.DirEntry[str]], PurePosixPath, re.Match[str] | None]]
     try:
         opened = [(_listed(root), PurePosixPath(), None)]
     except OSError as error:
