@@ -4,13 +4,15 @@
 #   WORKERS   processes that share the tests; one of them has Prefect and MLflow to itself
 #   TESTS     what `make test` runs, for example TESTS=tests/curation
 #   BENCHES   what `make bench` runs; DIFFUSERS_SCRIPT is the path of the script that Safelight is then compared with
-#   KILLS     how often `make soak` kills a run; SOAK is the folder that keeps the tallies
+#   KILLS     how often `make soak` kills a run, and of how many SEQUENCES of changes to a folder it tries whether
+#             they show; SOAK is the folder that keeps the tallies
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
 TESTS ?= tests
 BENCHES ?= tests/benchmarks
 KILLS ?= 30
+SEQUENCES ?= 1000
 SOAK ?= build/soak
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -48,6 +50,8 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest $(BENCHES) -o python_files='bench_*.py' -s --timeout=0
 
 soak: $(STAMP)
+	$(BIN)/python -m tests.soak.sequences --count $(SEQUENCES) --folder $(SOAK)/sequences
+	$(BIN)/python -m tests.soak.many_files --folder $(SOAK)/many-files
 	$(BIN)/python -m tests.soak.resume --folder $(SOAK)/resume
 	$(BIN)/python -m tests.soak.kills --kills $(KILLS) --folder $(SOAK)
 

@@ -1,6 +1,6 @@
 """Datasets: snapshots, what is in them, and what the checks said. The queries that flows and dashboard share."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 from sqlalchemy import Select, func, select
 
 from components.catalog.database import Catalog
-from components.catalog.models import Snapshot, SnapshotItem, Verdict
+from components.catalog.models import ExaminedImage, Snapshot, SnapshotItem, Verdict
 
 PAGE_SIZE = 60
+QUERY_DIGESTS = 1000  # in one SQL statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,19 @@ def splits_of(catalog: Catalog, snapshot_id: int) -> dict[str, str]:
         SnapshotItem.snapshot_id == snapshot_id, SnapshotItem.kept, SnapshotItem.rgb_digest.is_not(None))
     with catalog.read() as session:
         return {digest: split for digest, split in session.execute(query) if digest and split}
+
+
+def splits_of_pictures(catalog: Catalog, snapshot_ids: Sequence[int], digests: Sequence[str]) -> dict[str, str]:
+    """The side of each picture, by the digest of its pixels, in the newest of these snapshots that keeps it."""
+    found: dict[str, str] = {}
+    with catalog.read() as session:
+        for start in range(0, len(digests) if snapshot_ids else 0, QUERY_DIGESTS):
+            query = select(SnapshotItem.rgb_digest, SnapshotItem.split).join(Snapshot).join(
+                ExaminedImage, ExaminedImage.sha256 == SnapshotItem.sha256).where(
+                ExaminedImage.rgb_digest.in_(digests[start : start + QUERY_DIGESTS]), SnapshotItem.kept,
+                SnapshotItem.snapshot_id.in_(snapshot_ids)).order_by(Snapshot.version)
+            found |= {digest: split for digest, split in session.execute(query) if digest and split}
+    return found
 
 
 def _snapshots(catalog: Catalog, query: Select[tuple[Snapshot]]) -> list[SnapshotRow]:

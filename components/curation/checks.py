@@ -19,7 +19,7 @@ from components.config import CurationConfig
 from components.curation.duplicates import dhash, phash
 from components.curation.pixels import NOTES, WHITE, UnreadableImage, read_image, rgb_digest
 
-EXAMINE_VERSION = 1
+EXAMINE_VERSION = 2
 REDUCED_SIDE = 256            # px; hashes and figures of a larger image are read off a copy with sides of at least this
 REDUCED_PIXELS = 2**20        # and of at most about this many pixels, however long and thin it is
 EDGE_SIDE = 64                # px, of the second look at sharpness

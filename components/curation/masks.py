@@ -6,16 +6,20 @@ the red channel counts. A mask is kept as a grey PNG, so that it is known by its
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageChops
 
 from components.config import DataSource
+from components.curation.items import Item, Problem, printable
 from components.curation.pixels import WHITE, decode
+from components.curation.readers.walking import Entry, Listing, list_source
 from components.errors import BadInput
 
 BESIDE, ALPHA = "masklabel", "alpha"  # of DataSource.masks; anything else is a folder
+ENDING = "-masklabel.png"  # in place of the picture's
 BLACK = (0, 0, 0)
 
 
@@ -24,23 +28,35 @@ def mask_folder(source: DataSource) -> Path | None:
     return None if source.masks in (None, BESIDE, ALPHA) else Path(source.masks).resolve()
 
 
-def mask_path(source: DataSource, picture: Path, name: str, folder: Mapping[str, Path]) -> Path | None:
-    """The file that holds the mask of `picture`, called `name` in its source; `folder` is what `masks_in` found."""
+def masks_of(source: DataSource, listing: Listing, folder: Path | None) -> dict[str, list[Entry]]:
+    """The files that may hold masks by the names of their pictures without the ending; `folder` is `mask_folder`'s.
+
+    Like every file of a source they are regular files and lie inside, or have a problem.
+    """
+    if folder is None:
+        beside = [entry for entry in listing.files if entry.name.name.endswith(ENDING)]
+        found = [(str(entry.name)[: -len(ENDING)], entry) for entry in beside]
+    else:
+        found = [(str(entry.name.with_suffix("")), entry) for entry in list_source(folder, folder).files]
+    masks: dict[str, list[Entry]] = {}
+    for name, entry in found:
+        masks.setdefault(name, []).append(entry)
+    return masks
+
+
+def with_mask(item: Item, source: DataSource, masks: Mapping[str, Sequence[Entry]]) -> Item:
+    """The item with the file that holds its mask, if it has one, or with what is wrong with that file."""
+    if item.path is None:
+        return item
     if source.masks == ALPHA:
-        return picture
-    if source.masks == BESIDE:
-        beside = picture.with_name(f"{picture.stem}-masklabel.png")
-        return beside if beside.is_file() else None
-    return folder.get(str(PurePosixPath(name).with_suffix("")))
-
-
-def masks_in(folder: Path) -> dict[str, Path]:
-    """The files of a folder of masks by their name without the ending, which may be another than the picture's."""
-    return {
-        str(PurePosixPath(path.relative_to(folder)).with_suffix("")): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+        return replace(item, mask=item.path)
+    found = masks.get(str(PurePosixPath(item.file_name).with_suffix("")), ())
+    reasons = [f"{entry.name}: {entry.problem.reason}" for entry in found if entry.problem]
+    if len(found) > 1:
+        reasons.append(f"it has two masks, {found[0].name} and {found[1].name}; remove one")
+    if reasons:
+        return replace(item, problem=item.problem or Problem("mask", printable(reasons[0])))
+    return replace(item, mask=found[0].path) if found else item
 
 
 def read_mask(data: bytes, *, alpha: bool) -> Image.Image:

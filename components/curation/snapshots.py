@@ -65,7 +65,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     members = [_member(batch, i) for i in usable]
     components = join_components(members, pairs)
     splits = assign_splits(members, components, test_fraction=curation.test_fraction, salt=curation.split_salt,
-                           earlier=_earlier_splits(bench, dataset, curation))
+                           earlier=_earlier_splits(bench, dataset, curation, [member.identity for member in members]))
     batch.drop_exact_duplicates()
     if curation.near_duplicates:
         batch.drop_near_duplicates([(usable[i], usable[j]) for i, j in pairs])
@@ -102,12 +102,16 @@ def _member(batch: Batch, i: int) -> Member:
     return Member(item.file_name, batch.image(i).rgb_digest, item.group, "train" if item.is_reg else item.split)
 
 
-def _earlier_splits(bench: Bench, dataset: str, curation: CurationConfig) -> dict[str, str]:
-    """The sides that the dataset's latest snapshot gave under the same salt and fraction."""
-    latest = datasets.latest_snapshot(bench.catalog, dataset)
-    if latest is None or latest.profile.get("lots") != _lots(curation):
-        return {}
-    return datasets.splits_of(bench.catalog, latest.id)
+def _earlier_splits(bench: Bench, dataset: str, curation: CurationConfig, identities: Sequence[str]) -> dict[str, str]:
+    """The side of each identity in the dataset's newest snapshot that has it, of those under this salt and fraction.
+
+    Not only in the latest: a picture that was taken out and comes back must not be tested on after it was trained on.
+    """
+    snapshots = datasets.list_snapshots(bench.catalog, dataset)
+    ids = [row.id for row in snapshots if row.profile.get("lots") == _lots(curation)]
+    found = datasets.splits_of(bench.catalog, ids[0]) if ids else {}
+    missing = [identity for identity in identities if identity not in found]
+    return datasets.splits_of_pictures(bench.catalog, ids[1:], missing) | found
 
 
 def _lots(curation: CurationConfig) -> dict[str, Any]:
@@ -182,7 +186,8 @@ def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: Obj
     splits = {row.file_name: row for row in rows}
     items, verdicts = [], []
     for ordinal, i in enumerate(sorted(range(len(batch.files)), key=lambda i: (batch.rejected(i), batch.name(i)))):
-        items.append(_item_values(batch, i, ordinal, splits.get(batch.name(i))))
+        row = None if batch.rejected(i) else splits[batch.name(i)]  # a rejected file's name may look like another's
+        items.append(_item_values(batch, i, ordinal, row))
         verdicts += [asdict(verdict) | {"ordinal": ordinal} for verdict in batch.verdicts[i]]
     with bench.catalog.write() as session:
         snapshot = session.scalar(

@@ -5,6 +5,7 @@ opened; whatever cannot be used becomes an item with a problem, whatever is no p
 `docs/data.md` has the rules.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from components.config import DataConfig, DataSource
 from components.curation.items import PICTURE_SUFFIXES, Found, Item, Member, Problem, Skipped
-from components.curation.masks import ALPHA, mask_folder, mask_path, masks_in
+from components.curation.masks import ALPHA, mask_folder, masks_of, with_mask
 from components.curation.memory import FileDigest, Recall, afresh, hash_files
 from components.curation.readers.folders import read_pictures
 from components.curation.readers.hub import fetch_dataset
@@ -31,6 +32,7 @@ __all__ = [
     "require_folders", "require_pictures",
 ]
 
+ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/")  # also behind the folder of the recipe
 ARCHIVES = (".tar", *ROW_SUFFIXES)  # files that are a source by themselves
 
 
@@ -190,7 +192,7 @@ def _read(source: DataSource, recall: Recall) -> tuple[list[Item], SourceReading
         raise BadInput(f"{root}: none of its {len(items)} pictures has a caption that can be used ({reason}); "
                        "write captions to files such as a.txt beside a.png, or to metadata.jsonl")
     if source.masks is not None:
-        items = _masked(items, root, masks, source)
+        items = _masked(items, listing, masks, source)
     items = [_as_the_recipe_says(item, source) for item in items]
     return items, SourceReading(source.path, layout.name, layout.means, len(items), tuple(found.skipped))
 
@@ -218,15 +220,13 @@ def _worded(caption: str, source: DataSource) -> str:
     return " ".join(part for part in (source.caption_prefix, caption, source.caption_suffix) if part)
 
 
-def _masked(items: list[Item], root: Path, masks: Path | None, source: DataSource) -> list[Item]:
+def _masked(items: list[Item], listing: Listing, folder: Path | None, source: DataSource) -> list[Item]:
+    root = listing.root
     if source.masks != ALPHA and any(item.member for item in items):
         raise BadInput(f"{root}: masks = {source.masks!r}, but its pictures are inside of files, expected 'alpha'")
-    found = masks_in(masks) if masks else {}
-    items = [
-        replace(item, mask=mask_path(source, item.path, item.file_name, found)) if item.path else item
-        for item in items
-    ]
-    if all(item.mask is None for item in items):
+    masks = {} if source.masks == ALPHA else masks_of(source, listing, folder)
+    items = [with_mask(item, source, masks) for item in items]
+    if not any(item.mask or (item.problem and item.problem.check == "mask") for item in items):
         raise BadInput(f"{root}: none of its {len(items)} pictures has a mask where masks = {source.masks!r} says; "
                        "give masks the pictures' names, or leave masks out")
     return items
@@ -249,6 +249,8 @@ def _root_of(source: DataSource) -> tuple[Path, Path]:
     if source.revision is not None:
         return fetch_dataset(source.path, source.revision)
     root = Path(source.path)
+    if not root.exists() and (address := ADDRESS.search(source.path)):  # with what may be a password
+        raise BadInput(f"{address[1]}://…: is an address, expected a folder; download the data and name its folder")
     if not root.exists():
         raise BadInput(f"{root}: no such folder; pass a folder of pictures with captions")
     if not root.is_dir() and (root.suffix.lower() not in ARCHIVES or not root.is_file()):

@@ -19,7 +19,9 @@ from components.catalog import datasets
 from components.config import CurationConfig
 from components.curation.examining import CHUNK
 from components.curation.manifest import SampleRow, read_manifest
+from components.curation.pixels import rgb_digest
 from components.curation.snapshots import curate, curate_key
+from components.curation.splits import lot
 from components.errors import BadInput, DamagedArtifact
 from components.stages import Bench, Product
 from tests.curation.folders import curated, new_bench, picture, pictures, sources, table, tree_digest
@@ -235,6 +237,23 @@ def test_new_pictures_and_better_copies_move_no_old_one(bench: Bench, tmp_path: 
     for name, side in before.items():
         row = after.get(name) or after[f"better-{name}"]
         assert row.split == side
+
+
+def test_a_picture_that_was_gone_for_a_version_comes_back_to_the_side_it_had(bench: Bench, tmp_path: Path):
+    def place(seed: int) -> float:
+        return lot("safelight", f"pixels {rgb_digest(picture(seed))}")
+
+    lowest, low, high = sorted((seed for seed in range(20) if place(seed) > 0.1), key=place)[:3]  # lots say train
+    folder = pictures(tmp_path / "data", 1, first=low)
+    pictures(folder, 1, first=high)
+    first = samples(bench, curated(bench, folder))
+    assert first[f"{low:03}.png"].split == "test"  # since one side must not stay empty
+    (folder / f"{low:03}.png").unlink()
+    curated(bench, folder)
+    for seed in (lowest, low):
+        pictures(folder, 1, first=seed)
+    again = samples(bench, curated(bench, folder))
+    assert {name: again[name].split for name in first} == {name: row.split for name, row in first.items()}
 
 
 # again, and again ---------------------------------------------------------------------------------------------------

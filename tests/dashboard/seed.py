@@ -73,6 +73,7 @@ HOSTILE = (
     '<script>window.pwned=1</script><img src=x onerror="window.pwned=2"> ![shot](http://192.0.2.7/leak.png) '
     "[click](http://192.0.2.7/) :material/bolt: $x^2$"
 )
+HOSTILE_NAME = 'icons/<img src=x onerror="window.pwned=3"> ![shot](http:)<script>window.pwned=4.png'
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _snapshot(bench: Bench, version: int, captions: list[str], draw: random.Rand
         rows.append(
             {
                 "ordinal": ordinal,
-                "file_name": f"icons/{concept.replace(' ', '-')}-{ordinal:03}.png",
+                "file_name": HOSTILE_NAME if ordinal == 3 else f"icons/{concept.replace(' ', '-')}-{ordinal:03}.png",
                 "sha256": sha256,
                 "rgb_digest": sha256,
                 "caption": captions[1] if ordinal == 3 else f"{concept}, {colour} app icon",

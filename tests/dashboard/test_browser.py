@@ -21,7 +21,7 @@ from components.catalog import gallery
 from components.catalog.models import Review
 from components.stages import Bench
 from components.workspace import Workspace
-from tests.dashboard.seed import Seeded
+from tests.dashboard.seed import HOSTILE_NAME, Seeded
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -155,7 +155,7 @@ def test_a_star_key_is_stored_under_the_reviewers_name_and_survives_a_reload(tab
     assert cell.locator(".star.on").count() == 4
 
 
-def test_hostile_captions_prompts_and_comments_are_text_and_nothing_outside_is_asked(
+def test_hostile_captions_prompts_names_and_comments_are_text_and_nothing_outside_is_asked(
     tab: "playwright.Page", site: Site
 ):
     asked: list[str] = []
@@ -168,6 +168,9 @@ def test_hostile_captions_prompts_and_comments_are_text_and_nothing_outside_is_a
     tab.goto(f"{site.url}/datasets")
     tab.wait_for_selector(".cell")
     assert "<script>window.pwned=1</script>" in tab.locator(".caption").nth(3).inner_text()
+    tab.locator(".cell").nth(3).click()
+    playwright.expect(tab.locator(".box")).to_contain_text(HOSTILE_NAME, timeout=PATIENCE_MS)
+    assert tab.evaluate("window.pwned") is None
     for path in ("/", f"/runs?run={site.seeded.run_uid}", "/models"):
         tab.goto(site.url + path)
         tab.wait_for_selector(".sl-title")

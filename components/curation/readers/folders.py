@@ -18,6 +18,7 @@ from components.curation.readers.tables import JSON_TABLES, TABLE_NAMES, Row, fr
 from components.curation.readers.walking import Entry, Listing
 from components.errors import BadInput
 
+MAX_CAPTION_BYTES = 1 << 20
 FolderNames = Literal["ignored", "counted", "required"]  # what `10_sks dog` is: a name, repeats and tokens, or a must
 PEERS_FILES = {  # endings of what other programs leave beside pictures
     ".npz": "another trainer's cache", ".pt": "another trainer's cache", ".bin": "another trainer's cache",
@@ -39,7 +40,7 @@ def read_pictures(listing: Listing, source: DataSource, recall: Recall, folder_n
             chosen.append(entry if folder_names != "ignored" else replace(entry, folder=None))
     pictures = {str(entry.name): entry for entry in chosen if entry.is_picture}
     listed, beside, unused = _what_is_said(root, chosen, pictures, source, recall)
-    texts = recall([entry.path for entries in beside.values() for entry in entries], "bytes", Path.read_bytes)
+    texts = recall([entry.path for entries in beside.values() for entry in entries], "caption/1", _caption_bytes)
     items = []
     for name in sorted(pictures.keys() | listed.keys()):
         if name in listed:
@@ -117,10 +118,18 @@ def _beside_caption(root: Path, entry: Entry, captions: Mapping[PurePosixPath, S
                            f"{entry.name}: no caption; write {entry.name.stem}.txt beside it")
 
 
+def _caption_bytes(path: Path) -> bytes:
+    """The file's bytes; of one that is too long no more than it takes to say so."""
+    with path.open("rb") as file:
+        return file.read(MAX_CAPTION_BYTES + 1)
+
+
 def with_caption(item: Item, body: bytes | OSError, name: str, source: DataSource) -> Item:
     """The item with the caption in a caption file's bytes. Raises CaptionProblem."""
     if isinstance(body, OSError):
         raise CaptionProblem(f"{name}: {why_unreadable(body)}")
+    if len(body) > MAX_CAPTION_BYTES:
+        raise CaptionProblem(f"{name}: has more than {MAX_CAPTION_BYTES:,} bytes, which is no caption; shorten it")
     lines = source.caption_lines
     others = variants_in(body, name) if lines == "variants" else ()
     return replace(item, caption=caption_in(body, name, lines), variants=others)

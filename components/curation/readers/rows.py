@@ -18,11 +18,11 @@ from typing import Any
 from components.config import DataSource
 from components.curation.captions import CaptionProblem, caption_cells
 from components.curation.items import PICTURE_SUFFIXES, SPLITS, Found, Item, Member, Problem, Skipped, printable
-from components.curation.memory import Recall, why_unreadable
+from components.curation.memory import Recall
 from components.curation.readers.folders import without_caption
+from components.curation.readers.shards import read_shards
 from components.curation.readers.tables import CAPTION_COLUMNS, provenance
 from components.curation.readers.walking import Entry, Listing
-from components.errors import BadInput
 
 SUFFIXES = (".parquet", ".arrow")
 INDEX = "rows/1"  # changes when `_index` does
@@ -35,22 +35,17 @@ def read_rows(listing: Listing, source: DataSource, recall: Recall) -> Found:
     A file is of the split that its name or folder begins with, where the source has both sides.
     """
     files = listing.with_suffix(*SUFFIXES)
-    items, skipped = [], list(listing.skipped)
+    skipped = list(listing.skipped)
     skipped += [Skipped(printable(entry.name), "no file of rows") for entry in listing.files if entry not in files]
     kind = f"{INDEX}/{source.image_column or ''}/{source.caption_column or ''}"
     learn = partial(_index, image_column=source.image_column, caption_column=source.caption_column)
     indexes = recall([entry.path for entry in files if not entry.problem], kind, learn)
     splits = {entry.name: _split_of(entry.name) for entry in files}
     both = {"train", "test"} <= set(splits.values())
-    for entry in files:
-        if entry.problem:
-            items.append(Item(printable(entry.name), None, problem=entry.problem))
-            continue
-        index = indexes[entry.path]
-        if isinstance(index, OSError):
-            raise BadInput(f"{entry.path}: {why_unreadable(index)}")
+    readable, items = read_shards(files, indexes)
+    for entry, rows in readable:
         split = splits[entry.name] if both else None
-        items += [_item(entry, row, split, source) for row in json.loads(index)]
+        items += [_item(entry, row, split, source) for row in rows]
     return Found(sorted(items, key=lambda item: item.file_name), skipped)
 
 
@@ -127,7 +122,10 @@ class _Arrow:
         self.groups = len(self.batches)
 
     def group(self, i: int, columns: list[str]) -> Any:
-        return self.batches[i].select(columns)
+        """Raises ArrowInvalid where the file's own offsets lead out of it, which nobody has looked at before."""
+        batch = self.batches[i].select(columns)
+        batch.validate(full=True)
+        return batch
 
     def __enter__(self) -> "_Arrow":
         return self
@@ -146,19 +144,22 @@ def _opened(path: Path) -> _Parquet | _Arrow:
 def _index(path: Path, *, image_column: str | None, caption_column: str | None) -> bytes:
     """Of each row, as JSON: the picture's place and sha256, or why there is none, the caption and what is said of it.
 
-    Raises BadInput for a file that is damaged, or has no column of pictures or of captions.
+    Why there is nothing, as a string, for a file that is damaged, or has no column of pictures or of captions.
     """
     import pyarrow as pa
 
     try:
         with _opened(path) as file:
-            image = _image_column(file.schema, image_column, path)
-            caption = _caption_column(file.schema, caption_column, path)
+            image = _image_column(file.schema, image_column)
+            caption = _caption_column(file.schema, caption_column)
             about = [name for name in ABOUT if name in file.schema.names and name not in (image, caption)]
             rows = list(_rows(file, image, caption, about))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except _Unsuitable as error:
+        return json.dumps(str(error)).encode()
+    except (pa.ArrowException, ValueError, ArithmeticError, MemoryError) as error:
         what = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
-        raise BadInput(f"{path}: not a readable {what} file: {str(error).splitlines()[0]}; write it again") from None
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        return json.dumps(f"not a readable {what} file: {said}; write it again").encode()
     return json.dumps(rows, default=lambda value: {"type": type(value).__name__}).encode()
 
 
@@ -192,13 +193,17 @@ def _picture(cell: Any) -> tuple[bytes, str]:
     return (cell if isinstance(cell, bytes) else b""), ""
 
 
-def _image_column(schema: Any, wanted: str | None, path: Path) -> str:
+class _Unsuitable(Exception):
+    """A sound file without a column that is needed."""
+
+
+def _image_column(schema: Any, wanted: str | None) -> str:
     import pyarrow as pa
 
     if wanted is not None:
         if wanted in schema.names:
             return wanted
-        raise BadInput(f"{path}: has no column {wanted!r}, only {', '.join(schema.names)}; correct image_column")
+        raise _Unsuitable(f"has no column {wanted!r}, only {', '.join(schema.names)}; correct image_column")
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         said = [name for name, feature in features.items() if feature.get("_type") == "Image" and name in schema.names]
@@ -212,12 +217,12 @@ def _image_column(schema: Any, wanted: str | None, path: Path) -> str:
     ]
     for name in (*said, *of_bytes):
         return name
-    raise BadInput(f"{path}: no column holds pictures, there are {', '.join(schema.names)}; name one with image_column")
+    raise _Unsuitable(f"no column holds pictures, there are {', '.join(schema.names)}; name one with image_column")
 
 
-def _caption_column(schema: Any, wanted: str | None, path: Path) -> str:
+def _caption_column(schema: Any, wanted: str | None) -> str:
     for name in (wanted,) if wanted is not None else CAPTION_COLUMNS:
         if name in schema.names:
             return name
     said = f"no column {wanted!r}" if wanted is not None else f"none of {', '.join(CAPTION_COLUMNS)}"
-    raise BadInput(f"{path}: has {said}, only {', '.join(schema.names)}; name the captions with caption_column")
+    raise _Unsuitable(f"has {said}, only {', '.join(schema.names)}; name the captions with caption_column")

@@ -193,8 +193,9 @@ def _parquet_rows(data: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]
 
     try:
         rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}; write it again") from None
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: not a readable Parquet file: {said}; write it again") from None
     yield from enumerate(rows, start=1)
 
 

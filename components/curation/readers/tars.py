@@ -16,30 +16,24 @@ from typing import Any
 from components.config import DataSource
 from components.curation.captions import CAPTION_SUFFIXES, CaptionProblem, name_as_caption
 from components.curation.items import PICTURE_SUFFIXES, Found, Item, Member, Problem, Skipped, printable
-from components.curation.memory import Recall, why_unreadable
-from components.curation.readers.folders import with_caption, without_caption
+from components.curation.memory import Recall
+from components.curation.readers.folders import MAX_CAPTION_BYTES, with_caption, without_caption
+from components.curation.readers.shards import read_shards
 from components.curation.readers.tables import contained
 from components.curation.readers.walking import Entry, Listing
-from components.errors import BadInput
 
 INDEX = "tar/1"  # changes when `_index` does
-MAX_CAPTION_BYTES = 1 << 20
 
 
 def read_tars(listing: Listing, source: DataSource, recall: Recall) -> Found:
     """The pictures of every tar of the source, named `shard.tar/key.jpg`."""
     tars = listing.with_suffix(".tar")
-    items, skipped = [], list(listing.skipped)
+    skipped = list(listing.skipped)
     skipped += [Skipped(printable(entry.name), "no tar") for entry in listing.files if entry.suffix != ".tar"]
     indexes = recall([tar.path for tar in tars if not tar.problem], INDEX, _index)
-    for tar in tars:
-        if tar.problem:
-            items.append(Item(printable(tar.name), None, problem=tar.problem))
-            continue
-        index = indexes[tar.path]
-        if isinstance(index, OSError):
-            raise BadInput(f"{tar.path}: {why_unreadable(index)}")
-        found = _read_index(tar, json.loads(index), source)
+    readable, items = read_shards(tars, indexes)
+    for tar, members in readable:
+        found = _read_index(tar, members, source)
         items += found.items
         skipped += found.skipped
     return Found(sorted(items, key=lambda item: item.file_name), skipped)
@@ -54,13 +48,16 @@ def member_of_tar(path: Path, member: Member) -> bytes:
 
 
 def _index(path: Path) -> bytes:
-    """What the tar holds, as JSON: each member's name, place and sha256, a caption's text, or why it is not read."""
+    """What the tar holds, as JSON: each member's name, place and sha256, a caption's text, or why it is not read.
+
+    Why nothing of it can be read, as a string, where it is damaged.
+    """
     try:
         with tarfile.open(path, "r:") as archive:
             members = list(_members(archive))
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise BadInput(f"{path}: not a tar that can be read: {error or 'it ends early'}; write it again, without"
-                       " compression") from None
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError) as error:
+        said = " ".join(str(error).split()) or "it ends early"
+        return json.dumps(f"not a tar that can be read: {said}; write it again, without compression").encode()
     return json.dumps(members).encode()
 
 
@@ -76,9 +73,10 @@ def _members(archive: tarfile.TarFile) -> Iterator[dict[str, Any]]:
             yield about | {"refused": "is not a regular file"}
         elif (suffix := _split_name(name)[1]) in PICTURE_SUFFIXES:
             yield about | {"place": [info.offset_data, info.size], "sha256": _sha256(archive, info)}
-        elif suffix in CAPTION_SUFFIXES and info.size <= MAX_CAPTION_BYTES:
+        elif suffix in CAPTION_SUFFIXES:
             file = archive.extractfile(info)
-            yield about | {"text": (file.read() if file else b"").decode("latin-1")}  # bytes as they are, in JSON
+            body = file.read(MAX_CAPTION_BYTES + 1) if file else b""
+            yield about | {"text": body.decode("latin-1")}  # bytes as they are, in JSON
         else:
             yield about
 

@@ -61,32 +61,50 @@ def list_source(root: Path, home: Path, *, apart: Path | None = None) -> Listing
 
 
 def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
-    """Files under `root`, and whatever is not looked into: hidden files, other trainers' caches, links to folders.
+    """Files under `root`, and whatever is not looked into: hidden files, other trainers' caches, links to folders, and
+    folders that may not be listed or lie too deep.
 
-    Raises BadInput for a folder that may not be read.
+    Raises BadInput where `root` itself may not be listed.
     """
+    opened: list[tuple[Iterator[os.DirEntry[str]], PurePosixPath, re.Match[str] | None]]
     try:
-        yield from _walk(root, home, PurePosixPath(), None)
-    except PermissionError as error:
-        raise BadInput(f"{error.filename}: not readable by this user; change its permissions") from None
-
-
-def _walk(root: Path, home: Path, relative: PurePosixPath, folder: re.Match[str] | None) -> Iterator[Entry | Skipped]:
-    with os.scandir(root / relative) as listing:
-        entries = sorted(listing, key=lambda entry: entry.name)
-    for entry in entries:
+        opened = [(_listed(root), PurePosixPath(), None)]
+    except OSError as error:
+        raise BadInput(f"{root}: cannot be listed: {error.strerror}; change its permissions") from None
+    while opened:  # no recursion: folders may be nested deeper than calls
+        entries, relative, folder = opened[-1]
+        entry = next(entries, None)
+        if entry is None:
+            opened.pop()
+            continue
         name = relative / entry.name
         if entry.name.startswith("."):
             yield Skipped(printable(name), "hidden")
         elif entry.is_dir(follow_symlinks=False):
             if entry.name.lower() in PEERS_CACHES:
                 yield Skipped(printable(name), "a folder of another program's cache")
-            else:
-                yield from _walk(root, home, name, REPEATS.fullmatch(entry.name) or folder)
-        elif entry.is_symlink() and Path(entry.path).is_dir():  # False for a link to itself
+                continue
+            try:
+                opened.append((_listed(root / name), name, REPEATS.fullmatch(entry.name) or folder))
+            except OSError as error:
+                yield Skipped(printable(name), f"a folder that cannot be listed: {error.strerror}")
+        elif entry.is_symlink() and _leads_to_folder(entry):
             yield Skipped(printable(name), "a link to a folder, which is not entered")
         else:
             yield Entry(name, root / name, _kind_problem(root, home, name, entry), folder)
+
+
+def _listed(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as listing:
+        return iter(sorted(listing, key=lambda entry: entry.name))
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    """False for a link to itself."""
+    try:
+        return link.is_dir()
+    except OSError:
+        return False
 
 
 def _kind_problem(root: Path, home: Path, name: PurePosixPath, entry: os.DirEntry[str]) -> Problem | None:
