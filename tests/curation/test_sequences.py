@@ -55,7 +55,7 @@ def test_a_scan_that_crashes_at_every_single_write_ends_like_one_that_never_did(
     crashes = [(Put("a.png", str(at % 5), f"cat {at}", quiet=True), Rescan(at)) for at in range(1, 25)]
     changed = tuple(operation for crash in crashes for operation in crash)
     check(Sequence(sides, False, (A, B, Put("b.jpg", "6", "", quiet=False), *changed)), in_memory, tally=tally)
-    assert tally.kills >= 12
+    assert 8 <= tally.kills < len(crashes)  # at each of its writes; the last crashes found none left to happen at
 
 
 LATE_EDITS = {
