@@ -15,9 +15,9 @@ from sqlalchemy import select
 from transformers import CLIPTextModel
 
 from components.catalog.models import EncodedItem
-from components.errors import TrainingDiverged
+from components.errors import DamagedArtifact, TrainingDiverged
 from components.families.stable_diffusion import StableDiffusion
-from components.latents.encoding import ShardReader, encode_missing, locate, pixels_of
+from components.latents.encoding import encode_missing, pixels_of
 from components.latents.keys import (
     Item,
     caption_item,
@@ -26,6 +26,9 @@ from components.latents.keys import (
     sample_item,
     training_buckets,
 )
+from components.latents.reading import ShardReader, Watch, locate
+from components.storage import Store
+from components.tensors import to_safetensors
 from tests.chain import Chain
 
 PICTURES = 60
@@ -199,3 +202,69 @@ def test_each_encoder_is_gone_before_the_next_is_loaded(chain: Chain, monkeypatc
     assert counts(chain) == (PICTURES, CAPTIONS)
     assert seen == [before]
     assert (alive(CLIPTextModel), alive(AutoencoderKL)) == before
+
+
+# reading ------------------------------------------------------------------------------------------------------------
+
+
+def first_shard(chain: Chain) -> tuple[str, list[str], dict[str, tuple[str, int]]]:
+    """A shard of pictures, its keys, and where everything lies."""
+    chain.cache(chain.recipe())
+    keys = [sample_item(row, sizes(chain)).key for row in chain.curate(chain.recipe())]
+    places = locate(chain.bench.catalog, pixel_encoder_key(chain.base()), keys)
+    ((shard, _), *_) = places.values()
+    return shard, keys, places
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_shard_that_was_altered_can_be_read_at_once_and_nothing_made_of_it_published(chain: Chain):
+    shard, keys, places = first_shard(chain)
+    flip(chain.bench.store.path(shard))
+    watch = Watch(chain.bench)
+    assert len(ShardReader(chain.bench.store, places, watch)(keys[:2])["mean"]) == 2
+    with pytest.raises(DamagedArtifact, match=f"object {shard} in .* was altered"):
+        watch.require_intact()
+    with pytest.raises(DamagedArtifact, match="was altered"):
+        ShardReader(chain.bench.store, places)(keys[:2])
+
+
+def test_a_shard_that_was_cut_or_deleted_is_refused_when_it_is_opened(chain: Chain):
+    shard, keys, places = first_shard(chain)
+    path = chain.bench.store.path(shard)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(DamagedArtifact, match="was altered"):
+        ShardReader(chain.bench.store, places, Watch(chain.bench))(keys[:1])
+    path.unlink()
+    with pytest.raises(DamagedArtifact, match="is gone"):
+        ShardReader(chain.bench.store, places, Watch(chain.bench))(keys[:1])
+
+
+def test_a_training_that_has_read_an_altered_shard_publishes_no_adapter(chain: Chain):
+    shard, _, _ = first_shard(chain)
+    flip(chain.bench.store.path(shard))
+    events: list[dict[str, Any]] = []
+    with pytest.raises(DamagedArtifact, match="was altered"):
+        chain.fine_tune(chain.recipe("training.max_train_steps=3"), events=events)
+    assert not any(event["event"] in ("checkpoint", "preview") for event in events)
+    assert not list((chain.bench.workspace.home / "work").rglob("manifest.json"))
+
+
+def test_only_the_rows_that_are_asked_for_come_into_memory(tmp_path: Path):
+    """A shard of 256 MB, of which two rows of 64 kB are read."""
+    store = Store(tmp_path)
+    rows = torch.zeros(4096, 16384)
+    ref = store.put(to_safetensors({"mean": rows}))
+    del rows
+    reader = ShardReader(store, {"a": (ref.sha256, 7), "b": (ref.sha256, 4000)}, check=lambda shard: None)
+    before = resident_bytes()
+    assert reader(["a", "b"])["mean"].shape == (2, 16384)
+    assert resident_bytes() - before < 32 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
