@@ -26,7 +26,8 @@ from components.latents.keys import (
     sample_item,
     training_buckets,
 )
-from components.latents.reading import ShardReader, Watch, locate
+from components.latents.pieces import Pieces
+from components.latents.reading import Held, ShardReader, Watch, locate
 from components.storage import Store
 from components.tensors import to_safetensors
 from tests.chain import Chain
@@ -204,6 +205,44 @@ def test_each_encoder_is_gone_before_the_next_is_loaded(chain: Chain, monkeypatc
     assert (alive(CLIPTextModel), alive(AutoencoderKL)) == before
 
 
+# what is damaged, and what is left of a killed process ----------------------------------------------------------------
+
+
+def test_a_picture_that_was_altered_in_the_store_is_named_and_nothing_is_made_of_it(chain: Chain):
+    row = chain.curate(chain.recipe())[-1]
+    flip(chain.bench.store.path(row.sha256))
+    with pytest.raises(DamagedArtifact, match=f"object {row.sha256} in .* was altered"):
+        chain.cache(chain.recipe())
+    flip(chain.bench.store.path(row.sha256))
+    assert counts(chain) == (PICTURES, 0)
+
+
+def test_what_a_killed_process_had_encoded_is_taken_up_and_a_damaged_piece_is_encoded_again(chain: Chain):
+    items = [caption_item(f"caption {i}") for i in range(20)]
+
+    def encode(batch: list[Item]) -> dict[str, torch.Tensor]:
+        return {"length": torch.tensor([[float(len(item.caption))] for item in batch])}
+
+    pieces = Pieces(chain.bench, "lengths", Held(chain.bench, "lengths"))
+    for part in (items[:5], items[5:10]):
+        pieces.write([(item.key, {"length": encode([item])["length"][0]}) for item in part])
+    first, _ = sorted(chain.bench.workspace.pieces.rglob("*-*"))
+    lost = {item.key for item in items[:5]} if items[0].key in pieces.keys_of(first) else {i.key for i in items[5:10]}
+    flip(first)
+    asked: list[str] = []
+
+    def counted(batch: list[Item]) -> dict[str, torch.Tensor]:
+        asked.extend(dict.fromkeys(item.key for item in batch))
+        return encode(batch)
+
+    assert encode_missing(chain.bench, "lengths", items, counted, lambda _: None) == 15
+    assert sorted(asked) == sorted({item.key for item in items[10:]} | lost)
+    keys = [item.key for item in items]
+    read = ShardReader(chain.bench.store, locate(chain.bench.catalog, "lengths", keys))(keys)["length"]
+    assert read.flatten().tolist() == [float(len(item.caption)) for item in items]
+    assert not list(chain.bench.workspace.pieces.rglob("*-*"))
+
+
 # reading ------------------------------------------------------------------------------------------------------------
 
 
@@ -255,15 +294,15 @@ def test_a_training_that_has_read_an_altered_shard_publishes_no_adapter(chain: C
 
 
 def test_only_the_rows_that_are_asked_for_come_into_memory(tmp_path: Path):
-    """A shard of 256 MB, of which two rows of 64 kB are read."""
+    """A shard of 64 MB, of which two rows of 16 kB are read."""
     store = Store(tmp_path)
-    rows = torch.zeros(4096, 16384)
+    rows = torch.zeros(4096, 4096)
     ref = store.put(to_safetensors({"mean": rows}))
     del rows
     reader = ShardReader(store, {"a": (ref.sha256, 7), "b": (ref.sha256, 4000)}, check=lambda shard: None)
     before = resident_bytes()
-    assert reader(["a", "b"])["mean"].shape == (2, 16384)
-    assert resident_bytes() - before < 32 << 20
+    assert reader(["a", "b"])["mean"].shape == (2, 4096)
+    assert resident_bytes() - before < 16 << 20
 
 
 def resident_bytes() -> int:
