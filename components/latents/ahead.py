@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 def ahead(
     tasks: Iterable[Task], prepare: Callable[[Task], Result], *, threads: int = THREADS, depth: int = DEPTH
-) -> Iterator[tuple[Task, Result]]:
+) -> Generator[tuple[Task, Result], None, None]:
     """Each task in order with what `prepare` makes of it, `depth` more in the making. Errors come in their turn."""
     queue: deque[tuple[Task, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")

@@ -118,7 +118,7 @@ def theirs(request: dict[str, Any]) -> Run:
     log = Path(request["home"]) / "encoded.txt"
     log.unlink(missing_ok=True)
     with clock.measure("find"):
-        folder = datasets.load_dataset(
+        folder: Any = datasets.load_dataset(
             "imagefolder", data_dir=request["pictures"], cache_dir=f"{request['home']}/datasets", split="train"
         )
         folder = folder.cast_column("image", datasets.Image(decode=False))
