@@ -52,6 +52,7 @@ bench: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.sequences --count $(SEQUENCES) --folder $(SOAK)/sequences
 	$(BIN)/python -m tests.soak.many_files --folder $(SOAK)/many-files
+	$(BIN)/python -m tests.soak.writers $(SOAK)/writers
 	$(BIN)/python -m tests.soak.resume --folder $(SOAK)/resume
 	$(BIN)/python -m tests.soak.kills --kills $(KILLS) --folder $(SOAK)
 

@@ -103,6 +103,10 @@ class BaseModelConfig(Config):
     revision: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{40}$", description="Commit of a hub model, 40 hex digits."
     )
+    vae_precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Precision of encoding pictures; bf16 is faster on a GPU, and fp32 where the latents would differ.",
+    )
 
 
 ADAM_LIKE = ("adamw", "adamw8bit", "prodigy", "adamwschedulefree")  # optimizers that take Adam's betas

@@ -4,10 +4,13 @@ Reachable is what the catalog names (but for what it only remembers of files), w
 in their folders, what was exported, and whatever a reachable document names in turn. It is found carefully rather than
 exactly: 64 hex digits count as a name wherever they stand. Everything else may be deleted once it is old. What somebody
 keeps (`Store.put`, `Store.keep`) becomes young in the same moment, so work that is not committed yet loses nothing.
+
+Latents can be made again, so the catalog's word for them ends too: `stale.py` says when.
 """
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,14 +21,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock
 from sqlalchemy import JSON, Column, Table, select
 
 from components.catalog.database import Catalog
 from components.catalog.models import Base
 from components.errors import DamagedArtifact
 from components.stages import Bench
+from components.stale import NOTHING, Stale
 from components.storage import Store
-from components.workspace import Workspace
+from components.workspace import Workspace, pieces_lock
 
 NAME = re.compile(rb"(?<![0-9a-f])([0-9a-f]{2})/?([0-9a-f]{62})(?![0-9a-f])")  # with the slash of a path in the store
 NAME_DIGITS = 64
@@ -59,6 +64,15 @@ class StoredObject:
 
 
 @dataclass(frozen=True, slots=True)
+class Leftover:
+    """A file or a folder outside the store that nothing needs."""
+
+    path: Path
+    bytes: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Pile:
     """A number of objects and their bytes."""
 
@@ -66,7 +80,7 @@ class Pile:
     bytes: int
 
     @classmethod
-    def of(cls, found: Iterable[StoredObject]) -> "Pile":
+    def of(cls, found: "Iterable[StoredObject | Leftover]") -> "Pile":
         sizes = [one.bytes for one in found]
         return cls(len(sizes), sum(sizes))
 
@@ -80,11 +94,15 @@ class Survey:
     young: tuple[StoredObject, ...]  # not reachable, or not yet
     garbage: tuple[StoredObject, ...]
     damaged: tuple[str, ...]  # reachable documents whose bytes were altered: what they name is not known
+    leftovers: tuple[Leftover, ...] = ()
 
 
-def survey(bench: Bench, before: datetime) -> Survey:
-    """Tell the store's objects apart. `before` should lie before the beginning of every run that is not over yet."""
-    claimed, damaged = reachable(bench)
+def survey(bench: Bench, before: datetime, stale: Stale = NOTHING) -> Survey:
+    """Tell the store's objects apart. `before` should lie before the beginning of every run that is not over yet.
+
+    What is `stale` counts as not needed: have it forgotten before a sweep.
+    """
+    claimed, damaged = reachable(bench, stale)
     kept: list[StoredObject] = []
     young: list[StoredObject] = []
     garbage: list[StoredObject] = []
@@ -94,7 +112,8 @@ def survey(bench: Bench, before: datetime) -> Survey:
         else:
             pile = young if state.st_mtime >= before.timestamp() else garbage
             pile.append(StoredObject(sha256, state.st_size, _kind_of(bench.store.path(sha256))))
-    return Survey(before, tuple(kept), tuple(young), tuple(garbage), tuple(damaged))
+    leftovers = tuple(_leftovers(bench, before, stale))
+    return Survey(before, tuple(kept), tuple(young), tuple(garbage), tuple(damaged), leftovers)
 
 
 def sweep(bench: Bench, found: Survey, *, on_delete: Callable[[StoredObject], None] = lambda one: None) -> Pile:
@@ -108,7 +127,7 @@ def sweep(bench: Bench, found: Survey, *, on_delete: Callable[[StoredObject], No
             f" objects), so nothing is deleted; run the recipe that made it again, or move {bench.store.root}/"
             f"{found.damaged[0][:2]}/{found.damaged[0][2:]} away"
         )
-    deleted = []
+    deleted: list[StoredObject | Leftover] = []
     for one in found.garbage:
         path = bench.store.path(one.sha256)
         with bench.store.lock(alone=True):
@@ -122,10 +141,38 @@ def sweep(bench: Bench, found: Survey, *, on_delete: Callable[[StoredObject], No
             thumb.unlink(missing_ok=True)
         deleted.append(one)
         on_delete(one)
+    deleted += [left for left in found.leftovers if _removed(bench, left)]
     return Pile.of(deleted)
 
 
-def reachable(bench: Bench) -> tuple[dict[str, str], list[str]]:
+def _leftovers(bench: Bench, before: datetime, stale: Stale) -> Iterator[Leftover]:
+    """What killed processes have left behind, and folders whose adapters are gone."""
+    workspace, limit = bench.workspace, before.timestamp()
+    unfinished = (*bench.store.root.glob("??/.*.part"), *workspace.pieces.glob("*/.*.part"))
+    pieces = workspace.pieces.glob("*/[!.]*")
+    for kind, paths in (("unfinished writes", unfinished), ("latents of no shard", pieces)):
+        for path in paths:
+            with suppress(FileNotFoundError):
+                state = path.stat()
+                if state.st_mtime < limit:
+                    yield Leftover(path, state.st_size, kind)
+    for folder in stale.bases:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        yield Leftover(folder, size, "bases with tokens")
+
+
+def _removed(bench: Bench, left: Leftover) -> bool:
+    if left.path in bench.workspace.bases.glob("*"):
+        shutil.rmtree(left.path, ignore_errors=True)
+    elif left.path.is_relative_to(bench.workspace.pieces):
+        with FileLock(pieces_lock(bench.workspace, left.path.parent)):
+            left.path.unlink(missing_ok=True)
+    else:
+        left.path.unlink(missing_ok=True)
+    return not left.path.exists()
+
+
+def reachable(bench: Bench, stale: Stale = NOTHING) -> tuple[dict[str, str], list[str]]:
     """The kind of every object that is needed, by sha256, and the documents among them that were altered.
 
     Folders are read before the catalog: what a training commits in between is then seen in one of them.
@@ -133,7 +180,7 @@ def reachable(bench: Bench) -> tuple[dict[str, str], list[str]]:
     in_folders = list(_in_folders(bench.workspace))
     claimed: dict[str, str] = {}
     pending: list[str] = []
-    for kind, document, sha256 in (*_in_catalog(bench.catalog), *in_folders):
+    for kind, document, sha256 in (*_in_catalog(bench.catalog, stale), *in_folders):
         if sha256 not in claimed:
             claimed[sha256] = kind
             if document:
@@ -154,8 +201,9 @@ def reachable(bench: Bench) -> tuple[dict[str, str], list[str]]:
     return claimed, damaged
 
 
-def _in_catalog(catalog: Catalog) -> Iterator[tuple[str, bool, str]]:
-    """(kind, whether it may name others, sha256) of every name in the catalog."""
+def _in_catalog(catalog: Catalog, stale: Stale) -> Iterator[tuple[str, bool, str]]:
+    """(kind, whether it may name others, sha256) of every name in the catalog but for what is stale."""
+    forgotten = {"stage_result": stale.manifests, "encoded_item": stale.shards}
     tables = Base.metadata.tables
     for name in (*TABLES, *(name for name in tables if name not in {*TABLES, *REMEMBERED})):
         table = tables[name]
@@ -164,7 +212,7 @@ def _in_catalog(catalog: Catalog) -> Iterator[tuple[str, bool, str]]:
             continue
         kind = TABLES.get(name, name.replace("_", " "))
         for stage, values in _rows(catalog, table, columns):
-            for sha256 in names_in(json.dumps(values, default=str).encode()):
+            for sha256 in names_in(json.dumps(values, default=str).encode()) - forgotten.get(name, frozenset()):
                 yield f"{kind} {stage}" if stage else kind, name in DOCUMENTS, sha256
 
 

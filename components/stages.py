@@ -7,7 +7,7 @@ produced again ("repaired"), never returned.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from filelock import FileLock
 
 from components.catalog import results
 from components.catalog.database import Catalog
+from components.curation.memory import hash_files
+from components.errors import DamagedArtifact
 from components.storage import ObjectRef, Store
 from components.workspace import Workspace
 
@@ -74,6 +76,16 @@ class Bench:
         return cls(workspace.create(), Store(workspace.objects), Catalog(workspace.catalog_url))
 
 
+def intact(bench: Bench, digests: Iterable[str], *, verify: bool = False) -> set[str]:
+    """Those of some objects that are there with the bytes of their names.
+
+    Hashed once: after that an object whose file is unchanged (see memory.py) is known, unless `verify`.
+    """
+    paths = {bench.store.path(digest): digest for digest in digests}
+    found = hash_files(bench.catalog, [path for path in paths if path.exists()], verify=verify)
+    return {paths[path] for path, file in found.items() if file.sha256 == paths[path]}
+
+
 def ensure(
     bench: Bench,
     stage: str,
@@ -82,16 +94,18 @@ def ensure(
     *,
     run_uid: str | None = None,
     still_there: Callable[[Product], bool] = lambda product: True,
+    verify: bool = False,
 ) -> StageResult:
     """The committed result of `key`: reused when every object it names is intact, else produced and committed.
 
     Two callers with one key: the second waits for the first and adopts its result. The lock ends with its holder.
-    `still_there` checks what a stage keeps outside the store, such as a registered model version.
+    `still_there` checks what a stage keeps outside the store, such as a registered model version. `verify` hashes also
+    what is known to be unchanged.
     """
     started = time.monotonic()
     with FileLock(bench.workspace.locks / f"{key}.lock"):
         committed = results.manifest_digest(bench.catalog, key)
-        product = _verified(bench.store, committed) if committed else None
+        product = _verified(bench, committed, verify) if committed else None
         outcome: Outcome = "reused"
         if product is None or not still_there(product):
             outcome = "repaired" if committed else "produced"
@@ -113,17 +127,18 @@ def ensure(
 def committed(bench: Bench, key: str) -> Product | None:
     """The product of a committed and intact result, or None: what `plan` shows as reusable."""
     digest = results.manifest_digest(bench.catalog, key)
-    return _verified(bench.store, digest) if digest else None
+    return _verified(bench, digest) if digest else None
 
 
-def _verified(store: Store, manifest_sha256: str) -> Product | None:
-    if not store.path(manifest_sha256).exists():
-        return None
+def _verified(bench: Bench, manifest_sha256: str, verify: bool = False) -> Product | None:
     try:
-        body = json.loads(store.read(manifest_sha256))
-    except Exception:
+        body = json.loads(bench.store.read(manifest_sha256))
+    except (DamagedArtifact, ValueError):
         return None
     outputs = {name: ObjectRef(**ref) for name, ref in body["outputs"].items()}
-    if not all(store.intact(ref) for ref in outputs.values()):
+    if not all(bench.store.holds(ref) for ref in outputs.values()):
+        return None
+    digests = {ref.sha256 for ref in outputs.values()}
+    if intact(bench, digests, verify=verify) != digests:
         return None
     return Product(outputs, body["facts"], body["items"])

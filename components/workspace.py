@@ -37,6 +37,11 @@ class Workspace:
         return self.home / "bases"
 
     @property
+    def pieces(self) -> Path:
+        """What was encoded and is not yet in a shard."""
+        return self.home / "pieces"
+
+    @property
     def logs(self) -> Path:
         return self.home / "logs"
 
@@ -87,3 +92,8 @@ class Workspace:
         ):
             folder.mkdir(parents=True, exist_ok=True)
         return self
+
+
+def pieces_lock(workspace: Workspace, folder: Path) -> Path:
+    """The lock of whoever takes pieces out of `folder`."""
+    return workspace.locks / f"pieces-{folder.name}.lock"

@@ -6,8 +6,9 @@ from typing import Any
 
 from components.catalog import runs
 from components.catalog.models import now
-from components.garbage import Pile, StoredObject, survey, sweep
+from components.garbage import Leftover, Pile, StoredObject, survey, sweep
 from components.stages import Bench
+from components.stale import find_stale, forget
 from flows.console import Reporter, size
 from flows.deployments import parse_span
 from flows.reconcile import is_dead
@@ -20,12 +21,18 @@ CLOCKS = timedelta(minutes=5)  # in which the clocks of hosts and file servers m
 def collect(bench: Bench, older_than: str, *, delete: bool) -> dict[str, Any]:
     """The document of `safelight gc`. Raises BadInput for a span that is none or too short, DamagedArtifact.
 
-    Nothing that was put or wanted since the beginning of the oldest living run is touched, however long that takes.
+    Nothing that was put or wanted since the beginning of the oldest living run is touched, however long that takes, and
+    cached latents are dropped only while no run is at work.
     """
     span = parse_span(older_than, option="--older-than", shortest_s=SHORTEST_S)
-    living = [run for run in runs.running(bench.catalog) if not is_dead(run)]
+    running = runs.running(bench.catalog)
+    living = [run for run in running if not is_dead(run)]
+    dead = frozenset((run.run_uid, run.heartbeat_at) for run in running if run not in living)
     before = min([now() - timedelta(seconds=span), *(run.created_at - CLOCKS for run in living)])
-    found = survey(bench, before)
+    stale = find_stale(bench, before, dead)
+    found = survey(bench, before, stale)
+    if delete and not found.damaged and not forget(bench, stale, dead):
+        found = survey(bench, before)
     deleted = sweep(bench, found) if delete else Pile(0, 0)
     return {
         "dry_run": not delete,
@@ -34,7 +41,7 @@ def collect(bench: Bench, older_than: str, *, delete: bool) -> dict[str, Any]:
         "running": [run.run_uid for run in living],
         "reachable": _counted(found.reachable),
         "young": _counted(found.young),
-        "unreachable": _counted(found.garbage),
+        "unreachable": _counted((*found.garbage, *found.leftovers)),
         "damaged": list(found.damaged),
         "deleted": _pile(deleted),
     }
@@ -67,8 +74,8 @@ def show(reporter: Reporter, document: dict[str, Any]) -> None:
         reporter.say("nothing to delete")
 
 
-def _counted(found: Iterable[StoredObject]) -> dict[str, Any]:
-    by_kind: dict[str, list[StoredObject]] = {}
+def _counted(found: Iterable[StoredObject | Leftover]) -> dict[str, Any]:
+    by_kind: dict[str, list[StoredObject | Leftover]] = {}
     for one in found:
         by_kind.setdefault(one.kind, []).append(one)
     piles = sorted(((kind, Pile.of(members)) for kind, members in by_kind.items()), key=lambda p: -p[1].bytes)

@@ -45,13 +45,14 @@ class OpenRun:
     child: TorchChild
     tracker: Tracker
     on_event: OnEvent
+    verify: bool = False  # hash also what is known to be unchanged
     results: dict[str, StageResult] = field(default_factory=dict)
     _reported: float = 0.0
 
     def stage(self, stage: str, key: str, produce: Callable[[], Product], **checks: Any) -> StageResult:
         """Reuse or produce a stage's result, and write down which it was."""
         runs.update_run(self.bench.catalog, self.run_uid, progress={"stage": stage})
-        result = ensure(self.bench, stage, key, produce, run_uid=self.run_uid, **checks)
+        result = ensure(self.bench, stage, key, produce, run_uid=self.run_uid, verify=self.verify, **checks)
         self.results[stage] = result
         runs.record_stage(self.bench.catalog, self.run_uid, result)
         self.tracker.metrics(0, {f"seconds/{stage}": result.seconds})
@@ -94,7 +95,7 @@ def stage_line(result: StageResult) -> dict[str, Any]:
 
 @contextmanager
 def open_run(
-    recipe: Recipe, *, run_uid: str | None, kind: str, on_event: OnEvent, tags: dict[str, str]
+    recipe: Recipe, *, run_uid: str | None, kind: str, on_event: OnEvent, tags: dict[str, str], verify: bool = False
 ) -> Iterator[OpenRun]:
     """Open a retraining, and close it as completed, failed or stopped whatever happens inside."""
     bench = Bench.open(Workspace.from_environment())
@@ -105,7 +106,7 @@ def open_run(
         on_event({"event": "run", "run_uid": uid})
         log = bench.workspace.run_dir(uid) / "torch.log"
         with TorchChild(bench.workspace, log, threads=threads_for(base)) as child:
-            yield OpenRun(bench, recipe, uid, base, child, tracker, on_event)
+            yield OpenRun(bench, recipe, uid, base, child, tracker, on_event, verify)
 
 
 @contextmanager

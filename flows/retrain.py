@@ -35,9 +35,11 @@ _listeners: list[OnEvent] = []
 
 
 @flow(name="retrain", flow_run_name="{recipe.name}", persist_result=False, validate_parameters=True)
-def retrain(recipe: Recipe, upto: UpTo = "register", run_uid: str | None = None) -> dict[str, Any]:
+def retrain(
+    recipe: Recipe, upto: UpTo = "register", run_uid: str | None = None, verify: bool = False
+) -> dict[str, Any]:
     """Curate a dataset, cache its latents, fit a LoRA adapter, score its samples, register it. Returns the run card."""
-    with opened(recipe, run_uid) as run:
+    with opened(recipe, run_uid, verify=verify) as run:
         snapshot = curate(run.run_uid)
         if reaches(upto, "cache"):
             cache_latents(run.run_uid, snapshot)
@@ -65,7 +67,9 @@ def curate(run_uid: str) -> str:
 
     run = _open[run_uid]
     recipe, size = run.recipe, training_size(run.base, run.recipe.training)
-    key, scanned = curate_key(run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size)
+    key, scanned = curate_key(
+        run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size, verify=run.verify
+    )
     for source in scanned.sources:
         run.relay({"event": "log", "message": str(source)})
     result = run.stage(
@@ -392,10 +396,13 @@ def run_card(run: OpenRun) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(recipe: Recipe, run_uid: str | None, kind: str = "retrain") -> Iterator[OpenRun]:
+def opened(recipe: Recipe, run_uid: str | None, kind: str = "retrain", *, verify: bool = False) -> Iterator[OpenRun]:
     """A run of this flow run, known to the steps by its uid for the length of the block."""
     tags = {"prefect.flow_run_id": str(flow_run.id)} if flow_run.id else {}
-    with stopping_on_sigterm(), open_run(recipe, run_uid=run_uid, kind=kind, on_event=_notify, tags=tags) as run:
+    with (
+        stopping_on_sigterm(),
+        open_run(recipe, run_uid=run_uid, kind=kind, on_event=_notify, tags=tags, verify=verify) as run,
+    ):
         runs.update_run(run.bench.catalog, run.run_uid, prefect_flow_run_id=flow_run.id or None)
         _open[run.run_uid] = run
         try:
@@ -410,11 +417,16 @@ def _notify(event: dict[str, Any]) -> None:
 
 
 def retrain_recipe(
-    recipe: Recipe, *, upto: UpTo = "register", run_uid: str | None = None, on_event: OnEvent | None = None
+    recipe: Recipe,
+    *,
+    upto: UpTo = "register",
+    run_uid: str | None = None,
+    verify: bool = False,
+    on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
     """Run the flow in this process, with Prefect and MLflow up, and return the run card."""
     with served(on_event):
-        return retrain(recipe, upto=upto, run_uid=run_uid)
+        return retrain(recipe, upto=upto, run_uid=run_uid, verify=verify)
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """Stage keys and the one cache."""
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from components.curation import memory
 from components.stages import Bench, Product, canonical_json, committed, ensure, stage_key
+from components.storage import sha256_of
 from components.workspace import Workspace
 
 KEY = "k" * 32
@@ -85,3 +89,44 @@ def test_two_callers_racing_on_one_key_work_once(bench: Bench):
 def test_what_a_stage_keeps_elsewhere_counts_too(bench: Bench):
     ensure(bench, "register", KEY, lambda: product(bench))
     assert ensure(bench, "register", KEY, lambda: product(bench), still_there=lambda _: False).outcome == "repaired"
+
+
+def test_what_was_hashed_is_not_hashed_again_until_it_changes_or_somebody_asks(bench: Bench, hashed: list[Path]):
+    data = bench.store.path(ensure(bench, "curate", KEY, lambda: product(bench)).product.outputs["file"].sha256)
+    long_ago(data)
+    for _ in range(3):
+        assert ensure(bench, "curate", KEY, lambda: product(bench)).outcome == "reused"
+    assert hashed == [data]
+    assert ensure(bench, "curate", KEY, lambda: product(bench), verify=True).outcome == "reused"
+    assert hashed == [data, data]
+    os.utime(data)
+    assert committed(bench, KEY) is not None
+    assert hashed == [data, data, data]
+
+
+def test_a_change_that_keeps_size_and_times_is_found(bench: Bench, hashed: list[Path]):
+    data = bench.store.path(ensure(bench, "curate", KEY, lambda: product(bench)).product.outputs["file"].sha256)
+    long_ago(data)
+    assert committed(bench, KEY) is not None and committed(bench, KEY) is not None
+    before = data.stat()
+    data.write_bytes(b"resulT")
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert committed(bench, KEY) is None
+    assert ensure(bench, "curate", KEY, lambda: product(bench)).outcome == "repaired"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are hashed, in turn."""
+    seen = []
+    monkeypatch.setattr(memory, "sha256_of", lambda path: seen.append(path) or sha256_of(path))
+    monkeypatch.setattr(memory, "TRUSTED_AGE_NS", 0)  # the times of a fresh file are trusted after a moment
+    return seen
+
+
+def long_ago(path: Path) -> None:
+    """Wait until the clock of files has gone on since the file was written."""
+    deadline = time.monotonic() + 5
+    while time.time_ns() <= path.stat().st_ctime_ns + 20_000_000:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

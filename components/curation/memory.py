@@ -7,11 +7,13 @@ seconds before the scan that read it, since a second change within the clock's g
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from sqlalchemy import delete, select
+from sqlalchemy.exc import IntegrityError
 
 from components.catalog.database import Catalog
 from components.catalog.models import SourceFile, SourceNote
@@ -142,6 +144,6 @@ def _remember(catalog: Catalog, model: type[SourceFile] | type[SourceNote],
     stale = delete(model).where(model.path.in_([row.path for row in rows]))
     if isinstance(rows[0], SourceNote):
         stale = stale.where(SourceNote.kind == rows[0].kind)
-    with catalog.write() as session:
+    with suppress(IntegrityError), catalog.write() as session:  # another process has just remembered the same
         session.execute(stale)
         session.add_all(rows)

@@ -14,8 +14,10 @@ from components.evaluation.embedders import Embedder
 from components.evaluation.generation import Picture
 from components.families.bases import BaseModel
 from components.latents.buckets import fit
-from components.latents.encoding import ShardReader, Tensors, encode_missing, locate
+from components.latents.encoding import encode_missing
 from components.latents.keys import Item, sample_item, training_buckets
+from components.latents.ragged import Tensors
+from components.latents.reading import ShardReader, locate
 from components.stages import Bench
 
 
@@ -31,10 +33,10 @@ def features_of(
         return np.empty((0, embedder.dim), dtype=np.float32)
     encoder = f"features:{embedder.name}:{embedder.revision}"
 
-    def encode(batch: list[Item]) -> Tensors:
-        return {"features": torch.from_numpy(embedder([open_image(item) for item in batch]))}
+    def encode(images: list[Image.Image]) -> Tensors:
+        return {"features": torch.from_numpy(embedder(images))}
 
-    encode_missing(bench, encoder, items, encode, on_progress)
+    encode_missing(bench, encoder, items, encode, on_progress, prepare=open_image)
     keys = [item.key for item in items]
     return ShardReader(bench.store, locate(bench.catalog, encoder, keys))(keys)["features"].numpy()
 

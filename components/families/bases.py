@@ -33,6 +33,7 @@ class BaseModel:
     family: str  # key of FAMILIES
     path: Path
     digests: dict[str, str]  # part -> sha256 over its files' names and bytes
+    vae_precision: str = "fp32"  # of encoding, as the recipe says
 
     @property
     def architecture(self) -> Family:
@@ -56,7 +57,7 @@ def resolve_base(config: BaseModelConfig) -> BaseModel:
     path, name = find_base(config)
     parts = _parts(FAMILIES[name], _read_index(path))
     digests = {part: _digest_of_folder(path / part) for part in parts}
-    return BaseModel(config.model, commit_of(path) or config.revision, name, path, digests)
+    return BaseModel(config.model, commit_of(path) or config.revision, name, path, digests, config.vae_precision)
 
 
 def find_base(config: BaseModelConfig) -> tuple[Path, str]:

@@ -4,12 +4,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from components.curation.manifest import SampleRow
+from components.families.autoencoders import half_where_it_agrees
 from components.families.bases import BaseModel
+from components.families.family import PixelEncoder
 from components.families.placement import release_memory
 from components.latents.buckets import Bucket
-from components.latents.encoding import Tensors, encode_missing, locate, pixels_of, shard_refs
+from components.latents.encoding import encode_missing, normalised, picture_of
 from components.latents.keys import (
     NULL_PROMPT,
     Item,
@@ -21,6 +24,8 @@ from components.latents.keys import (
     sample_item,
     training_buckets,
 )
+from components.latents.ragged import Tensors
+from components.latents.reading import locate, shard_refs
 from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
 from components.tensors import default_device
@@ -53,7 +58,7 @@ def cache_latents(
         on_progress(done, total)
 
     encoded_captions = _encode_captions(bench, base, captions, advance)
-    encoded_images = _encode_images(bench, base, images, advance)
+    encoded_images = _encode_pictures(bench, base, images, advance)
     _encode_masks(bench, base, masks)
     places = locate(bench.catalog, pixel_encoder_key(base), [item.key for item in images]) | locate(
         bench.catalog, prompt_encoder_key(base), [item.key for item in captions]
@@ -97,15 +102,13 @@ def _encode_captions(bench: Bench, base: BaseModel, items: list[Item], advance: 
         release_memory()
 
 
-def _encode_images(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
+def _encode_pictures(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
     encoder = None
 
-    def encode(batch: list[Item]) -> Tensors:
+    def encode(pictures: list[Tensor]) -> Tensors:
         nonlocal encoder
-        encoder = encoder or base.architecture.load_pixel_encoder(base.path, default_device())
-        return {
-            name: tensor.to(torch.float16) for name, tensor in encoder.encode(pixels_of(bench.store, batch)).items()
-        }
+        encoder = encoder or _pixel_encoder(base)
+        return {name: tensor.to(torch.float16) for name, tensor in encoder.encode(normalised(pictures)).items()}
 
     try:
         return _encode_by_bucket(bench, pixel_encoder_key(base), items, encode, advance)
@@ -114,12 +117,20 @@ def _encode_images(bench: Bench, base: BaseModel, items: list[Item], advance: Ca
         release_memory()
 
 
+def _pixel_encoder(base: BaseModel) -> PixelEncoder:
+    family, device = base.architecture, default_device()
+    encoder = family.load_pixel_encoder(base.path, device)
+    if base.vae_precision == "fp32":
+        return encoder
+    return half_where_it_agrees(encoder, family.geometry(base.path).resolution, device)
+
+
 def _encode_masks(bench: Bench, base: BaseModel, items: list[Item]) -> None:
     """Masks as weights in [0, 1] of latent cells: the mean of the pixels that a cell stands for, (B, 1, h, w)."""
     downscale = base.architecture.geometry(base.path).downscale
 
-    def encode(batch: list[Item]) -> Tensors:
-        grey = (pixels_of(bench.store, batch)[:, :1] + 1) / 2
+    def encode(pictures: list[Tensor]) -> Tensors:
+        grey = (normalised(pictures)[:, :1] + 1) / 2
         return {"mask": torch.nn.functional.avg_pool2d(grey, downscale).clamp(0, 1)}
 
     _encode_by_bucket(bench, mask_encoder_key(base), items, encode, lambda count: None)
@@ -129,11 +140,16 @@ def _encode_by_bucket(
     bench: Bench,
     encoder: str,
     items: list[Item],
-    encode: Callable[[list[Item]], Tensors],
+    encode: Callable[[list[Tensor]], Tensors],
     advance: Callable[[int], None],
 ) -> int:
     by_bucket: dict[Bucket, list[Item]] = defaultdict(list)
     for item in items:
         assert item.bucket is not None
         by_bucket[item.bucket].append(item)
-    return sum(encode_missing(bench, encoder, by_bucket[bucket], encode, advance) for bucket in sorted(by_bucket))
+    return sum(
+        encode_missing(
+            bench, encoder, by_bucket[bucket], encode, advance, prepare=lambda item: picture_of(bench.store, item)
+        )
+        for bucket in sorted(by_bucket)
+    )

@@ -1,79 +1,135 @@
 """The latent cache: what the base's encoders make of pictures and captions, kept by content and read by sample id.
 
 Nothing stale can be read, a change of 1 % of a dataset costs 1 % of the encoding, and going back to an earlier state
-costs nothing: `keys.py` says why.
+costs nothing: `keys.py` says why. Several processes that want the same items share the work: see `leases.py` and
+`pieces.py`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load
-from sqlalchemy import select
 from torch import Tensor
 
-from components.catalog.database import Catalog
-from components.catalog.models import EncodedItem
 from components.curation.pixels import decode
-from components.errors import LatentCacheMismatch, TrainingDiverged
+from components.errors import TrainingDiverged
+from components.latents.ahead import ahead
 from components.latents.buckets import fit
 from components.latents.keys import Item
-from components.latents.ragged import Tensors, row_shape, shortened, stacked
+from components.latents.leases import Leases
+from components.latents.pieces import Pieces
+from components.latents.ragged import Tensors, shortened
+from components.latents.reading import Held
 from components.stages import Bench
-from components.storage import ObjectRef, Store, sha256_of
-from components.tensors import to_safetensors
+from components.storage import Store
 
 MICRO_BATCH = 8  # always full, padded with the last item: bits then depend neither on order nor on neighbours
-SHARD_ITEMS = 1024
-QUERY_ITEMS = 500  # keys in one SQL statement
+LEASE_ITEMS = 64  # what a killed process has encoded in vain, at most
 
 
 def encode_missing(
     bench: Bench,
     encoder: str,
     items: Sequence[Item],
-    encode: Callable[[list[Item]], Tensors],
+    encode: Callable[[list[Any]], Tensors],
     on_progress: Callable[[int], None],
+    *,
+    prepare: Callable[[Item], Any] = lambda item: item,
 ) -> int:
-    """Encode the items that no shard holds yet, a shard at a time; returns how many were encoded.
+    """Encode the items that nobody has encoded yet; returns how many this process encoded. Then all are in shards.
 
-    A shard is an object plus one row per item, written in one transaction: a kill costs at most the shard at work.
+    `encode` gets what `prepare` makes of a micro-batch's items; `prepare` runs ahead of it, in threads. Items that
+    others have leased are left to them and waited for at the end, or taken over where their process has died.
     Raises TrainingDiverged, naming the picture's file or the caption, when what would be kept is not finite.
     """
-    unique = list({item.key: item for item in items}.values())
-    places = locate(bench.catalog, encoder, [item.key for item in unique])
-    intact = {shard for shard in {shard for shard, _ in places.values()} if _is_intact(bench.store, shard)}
-    held = {key for key, (shard, _) in places.items() if shard in intact}
-    missing = [item for item in unique if item.key not in held]
+    unique = {item.key: item for item in items}
+    held = Held(bench, encoder)
+    missing = _without(unique.values(), held(list(unique)))
     on_progress(len(unique) - len(missing))
-    for start in range(0, len(missing), SHARD_ITEMS):
-        part = missing[start : start + SHARD_ITEMS]
-        pieces: list[Tensors] = []
-        for first in range(0, len(part), MICRO_BATCH):
-            batch = part[first : first + MICRO_BATCH]
-            padded = batch + [batch[-1]] * (MICRO_BATCH - len(batch))
-            tensors = shortened({name: tensor[: len(batch)] for name, tensor in encode(padded).items()})
-            _require_finite(batch, tensors)
-            pieces.append(tensors)
-            on_progress(len(batch))
-        for shape in _shapes(pieces):  # one shard per bucket shape
-            rows = [
-                (item.key, {name: tensor[i] for name, tensor in piece.items()})
-                for piece, first in zip(pieces, range(0, len(part), MICRO_BATCH), strict=True)
-                for i, item in enumerate(part[first : first + MICRO_BATCH])
-                if row_shape(piece) == shape
-            ]
-            _commit_shard(bench, encoder, [key for key, _ in rows], stacked([row for _, row in rows]))
-    return len(missing)
+    encoded = 0
+    while missing:
+        pieces = Pieces(bench, encoder, held)
+        with Leases(bench.workspace.locks / "encoding.lock", encoder) as leases:
+            work = _Work(leases, pieces, held, on_progress)
+            while missing:
+                encoded += work.encode(missing, encode, prepare)
+                if missing := work.left_to_others:
+                    leases.wait(missing[0].key)
+        pieces.seal(set(unique))
+        missing = _without(unique.values(), held(list(unique)))  # none, unless a piece was damaged
+    return encoded
 
 
-def _is_intact(store: Store, shard: str) -> bool:
-    path = store.path(shard)
-    return path.exists() and sha256_of(path) == shard
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A micro-batch and the lease that it belongs to, whose last one `ends` it."""
+
+    items: list[Item]
+    lease: list[str]
+    ends: bool
 
 
-def _shapes(pieces: Iterable[Tensors]) -> list[tuple[tuple[int, ...], ...]]:
-    return list(dict.fromkeys(row_shape(piece) for piece in pieces))
+class _Work:
+    """Passes over items of which others may have some."""
+
+    def __init__(self, leases: Leases, pieces: Pieces, held: Held, on_progress: Callable[[int], None]):
+        self._leases, self._pieces, self._held, self._on_progress = leases, pieces, held, on_progress
+        self.left_to_others: list[Item] = []
+
+    def encode(
+        self, items: Sequence[Item], encode: Callable[[list[Any]], Tensors], prepare: Callable[[Item], Any]
+    ) -> int:
+        """Encode those of the items that are free and not encoded; returns how many that were."""
+        count = 0
+        rows: list[tuple[str, Tensors]] = []
+        for batch, inputs in ahead(self._batches(items), lambda batch: [prepare(item) for item in batch.items]):
+            rows += _encoded(batch.items, inputs, encode)
+            self._on_progress(len(batch.items))
+            count += len(batch.items)
+            if batch.ends:
+                self._pieces.write(rows)
+                self._leases.release(batch.lease)
+                rows = []
+                self._pieces.seal_full()
+        return count
+
+    def _batches(self, items: Sequence[Item]) -> Iterator[_Batch]:
+        self.left_to_others = []
+        for lease in self._leased(items):
+            keys = [item.key for item in lease]
+            done = self._pieces.keys()  # before the catalog is asked: a piece goes when its rows have come
+            todo = _without(lease, done | self._held(keys))
+            self._on_progress(len(lease) - len(todo))
+            if not todo:
+                self._leases.release(keys)
+            for start in range(0, len(todo), MICRO_BATCH):
+                yield _Batch(todo[start : start + MICRO_BATCH], keys, start + MICRO_BATCH >= len(todo))
+
+    def _leased(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        lease: list[Item] = []
+        for item in items:
+            (lease if self._leases.take(item.key) else self.left_to_others).append(item)
+            if len(lease) == LEASE_ITEMS:
+                yield lease
+                lease = []
+        if lease:
+            yield lease
+
+
+def _without(items: Iterable[Item], keys: set[str]) -> list[Item]:
+    return [item for item in items if item.key not in keys]
+
+
+def _encoded(
+    items: list[Item], inputs: list[Any], encode: Callable[[list[Any]], Tensors]
+) -> Iterator[tuple[str, Tensors]]:
+    padded = inputs + [inputs[-1]] * (MICRO_BATCH - len(inputs))
+    tensors = shortened({name: tensor[: len(items)] for name, tensor in encode(padded).items()})
+    _require_finite(items, tensors)
+    for i, item in enumerate(items):
+        yield item.key, {name: tensor[i] for name, tensor in tensors.items()}
 
 
 def _require_finite(batch: list[Item], tensors: Tensors) -> None:
@@ -91,58 +147,17 @@ def _require_finite(batch: list[Item], tensors: Tensors) -> None:
             )
 
 
-def _commit_shard(bench: Bench, encoder: str, keys: list[str], tensors: Tensors) -> None:
-    ref = bench.store.put(to_safetensors(tensors, {"encoder": encoder}))
-    with bench.catalog.write() as session:
-        for row, key in enumerate(keys):
-            session.merge(EncodedItem(encoder=encoder, item=key, shard=ref.sha256, row=row))
+def picture_of(store: Store, item: Item) -> Tensor:
+    """A decoded, bucketed picture (H, W, 3) uint8."""
+    assert item.bucket is not None
+    return torch.from_numpy(np.array(fit(decode(store.read(item.bytes_sha256)), item.bucket)))
 
 
-def locate(catalog: Catalog, encoder: str, keys: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Where each of `keys` lies, as far as it is encoded: key -> (shard, row)."""
-    found: dict[str, tuple[str, int]] = {}
-    with catalog.read() as session:
-        for start in range(0, len(keys), QUERY_ITEMS):
-            rows = session.execute(
-                select(EncodedItem.item, EncodedItem.shard, EncodedItem.row).where(
-                    EncodedItem.encoder == encoder, EncodedItem.item.in_(keys[start : start + QUERY_ITEMS])
-                )
-            )
-            found.update({item: (shard, row) for item, shard, row in rows})
-    return found
-
-
-def shard_refs(store: Store, places: Iterable[tuple[str, int]]) -> dict[str, ObjectRef]:
-    """The objects behind some places, for a stage's manifest."""
-    return {
-        shard: ObjectRef(shard, store.path(shard).stat().st_size) for shard in sorted({shard for shard, _ in places})
-    }
-
-
-class ShardReader:
-    """Reads cached rows by key. Shards are verified against their names once, when first opened."""
-
-    def __init__(self, store: Store, places: dict[str, tuple[str, int]]):
-        self._store, self._places = store, places
-        self._open: dict[str, Tensors] = {}
-
-    def __call__(self, keys: Sequence[str]) -> Tensors:
-        """The rows of `keys`, in that order, each tensor (B, ...). Raises LatentCacheMismatch when a key is unknown."""
-        return stacked([self._row(key) for key in keys])
-
-    def _row(self, key: str) -> Tensors:
-        if key not in self._places:
-            raise LatentCacheMismatch(f"no cached item {key}; run the caching stage again")
-        shard, row = self._places[key]
-        if shard not in self._open:
-            self._open[shard] = load(self._store.read(shard))
-        return {name: tensor[row] for name, tensor in self._open[shard].items()}
+def normalised(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures of one size as encoders take them: (B, 3, H, W) float32 in [-1, 1]."""
+    return torch.stack(list(pictures)).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
 
 
 def pixels_of(store: Store, items: Sequence[Item]) -> Tensor:
     """Decoded, bucketed pictures (B, 3, H, W) float32 in [-1, 1]; all items share one bucket."""
-    arrays = []
-    for item in items:
-        assert item.bucket is not None
-        arrays.append(np.asarray(fit(decode(store.read(item.bytes_sha256)), item.bucket), dtype=np.float32))
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1.0
+    return normalised([picture_of(store, item) for item in items])

@@ -55,6 +55,7 @@ def pixel_encoder_key(base: BaseModel) -> str:
             "dtype": "float16",
             "version": ENCODING_VERSION,
         }
+        | ({"computed": base.vae_precision} if base.vae_precision != "fp32" else {})
     )
 
 

@@ -20,14 +20,13 @@ from components.diffusion.noise import INPUT_NOISES, NOISES, chosen, white
 from components.diffusion.objectives import Objective, objective_from_scheduler
 from components.diffusion.timesteps import DENSITIES, shift_of
 from components.diffusion.weighting import weighting_of
-from components.errors import BadInput, BaseModelError, Stopped
+from components.errors import BadInput, BaseModelError, DamagedArtifact, Stopped
 from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
 from components.families.bases import BaseModel
 from components.families.placement import release_memory
-from components.latents.encoding import Tensors
 from components.latents.keys import NULL_PROMPT, caption_item
-from components.latents.ragged import replaced
+from components.latents.ragged import Tensors, replaced
 from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
 from components.storage import ObjectRef
@@ -301,9 +300,12 @@ class _FineTuning:
 
     def _checkpoint(self, step: int) -> None:
         """Called after every `checkpointing_steps`, at the end (perhaps the same step once more) and when stopped."""
-        if step == self.saved or not self.processes.first:
+        if step == self.saved:
             return
         self.saved = step
+        self._require_intact()
+        if not self.processes.first:
+            return
         if step not in self.adapters and (
             step % self.training.checkpointing_steps == 0 or step == self.training.max_train_steps
         ):
@@ -328,6 +330,17 @@ class _FineTuning:
             },
         )
         self.last_report = time.monotonic()
+
+    def _require_intact(self) -> None:
+        """Asked by all processes at once: what any of them has read of damaged shards goes nowhere."""
+        damage = None
+        try:
+            self.train.require_intact()
+            self.held_out.require_intact()
+        except DamagedArtifact as error:
+            damage = error
+        if self.processes.any(damage is not None):
+            raise damage or DamagedArtifact("another process has read what was altered; run the same command again")
 
     def _publish(self, step: int) -> None:
         """Make a checkpoint's adapter, validation loss and previews visible outside."""
@@ -403,6 +416,7 @@ class _FineTuning:
     # result -----------------------------------------------------------------------------------------------------------
 
     def _product(self) -> Product:
+        self.held_out.require_intact()
         put, final = self.bench.store.put, self.training.max_train_steps
         log = put("".join(json.dumps(line, sort_keys=True) + "\n" for line in self.log).encode())
         outputs = {

@@ -12,7 +12,6 @@ from components.diffusion.draws import Draw
 from components.errors import LatentCacheMismatch
 from components.families.bases import BaseModel
 from components.families.family import Framing
-from components.latents.encoding import ShardReader, Tensors, locate
 from components.latents.keys import (
     NULL_PROMPT,
     caption_item,
@@ -24,7 +23,8 @@ from components.latents.keys import (
     sample_item,
     training_buckets,
 )
-from components.latents.ragged import stacked
+from components.latents.ragged import Tensors, stacked
+from components.latents.reading import ShardReader, Watch, locate
 from components.latents.wording import Wording
 from components.stages import Bench
 
@@ -71,6 +71,7 @@ class CachedSamples:
     wordings: tuple[tuple[str, ...], ...] = ()  # of each row: keys of its captions, of which `reworded` draws one
     weights: tuple[float, ...] = ()  # of each row: factor on its loss; none: all 1
     texts: Mapping[str, str] = field(default_factory=dict)  # of captions, by their keys
+    require_intact: Callable[[], None] = lambda: None  # raises DamagedArtifact where what was read is not what it was
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -135,6 +136,7 @@ def cached_samples(
 ) -> CachedSamples:
     """Readers over `rows`, with their masks if `masked`; without `wording` by their first caption as it is written.
 
+    The bytes of what is read are verified while it is read already: ask `require_intact` before publishing.
     Raises LatentCacheMismatch when an item is not cached.
     """
     sizes = training_buckets(base, resolution)
@@ -151,15 +153,17 @@ def cached_samples(
     missing = sum(map(len, lacking))
     if missing:
         raise LatentCacheMismatch(f"{missing} items are not in the latent cache; run the caching stage again")
+    watch = Watch(bench)
     return CachedSamples(
         tuple(rows),
         keys,
-        ShardReader(bench.store, latents),
-        ShardReader(bench.store, prompts),
+        ShardReader(bench.store, latents, watch),
+        ShardReader(bench.store, prompts, watch),
         tuple(framing_of(row, sizes) for row in rows),
         base.architecture.sample_condition,
-        ShardReader(bench.store, masks) if masks else None,
+        ShardReader(bench.store, masks, watch) if masks else None,
         mask_keys,
         wordings,
         texts={caption_item(text).key: text for of_row in texts for text in of_row},
+        require_intact=watch.require_intact,
     )

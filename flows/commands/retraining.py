@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from flows.retrain import UpTo
 
 EXIT_CODES = {"stopped": TERMINATED, "completed": 0}
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Hash every file and object, also what is known to be unchanged.")
+]
 
 
 def plan(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -45,14 +48,26 @@ def curate(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = N
     _run_recipe("curate", recipe, data, overrides, as_json)
 
 
-def cache(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def cache(
+    recipe: RecipePath,
+    data: DataFolder = None,
+    overrides: Overrides = None,
+    verify: Verify = False,
+    as_json: AsJson = False,
+) -> None:
     """Curate, then encode latents and prompts."""
-    _run_recipe("cache", recipe, data, overrides, as_json)
+    _run_recipe("cache", recipe, data, overrides, as_json, verify=verify)
 
 
-def retrain(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def retrain(
+    recipe: RecipePath,
+    data: DataFolder = None,
+    overrides: Overrides = None,
+    verify: Verify = False,
+    as_json: AsJson = False,
+) -> None:
     """Curate, cache, fine-tune, evaluate and register; whatever is unchanged is reused."""
-    _run_recipe("register", recipe, data, overrides, as_json)
+    _run_recipe("register", recipe, data, overrides, as_json, verify=verify)
 
 
 def evaluate(
@@ -143,6 +158,8 @@ def _run_recipe(
     overrides: Sequence[str] | None,
     as_json: bool,
     adapter: Path | None = None,
+    *,
+    verify: bool = False,
 ) -> None:
     with open_reporter(as_json) as reporter:
         recipe = read_recipe(path, overrides, data)
@@ -152,10 +169,12 @@ def _run_recipe(
             recipe = looking_at(recipe, adapter)
         require_inputs(recipe)
         serve(open_bench(), reporter)
-        retrain_and_show(reporter, recipe, upto=upto)
+        retrain_and_show(reporter, recipe, upto=upto, verify=verify)
 
 
-def retrain_and_show(reporter: "Reporter", recipe: "Recipe", upto: "UpTo" = "register") -> None:
+def retrain_and_show(
+    reporter: "Reporter", recipe: "Recipe", upto: "UpTo" = "register", *, verify: bool = False
+) -> None:
     from flows.console import show_card
     from flows.retrain import retrain_recipe
 
@@ -164,7 +183,7 @@ def retrain_and_show(reporter: "Reporter", recipe: "Recipe", upto: "UpTo" = "reg
             told["run_uid"] = event["run_uid"]
         reporter.event(event)
 
-    card = retrain_recipe(recipe, upto=upto, on_event=relay)
+    card = retrain_recipe(recipe, upto=upto, verify=verify, on_event=relay)
     reporter.finish(card, lambda: show_card(reporter, card))
     raise typer.Exit(EXIT_CODES.get(card["status"], StageFailed.exit_code))
 

@@ -23,7 +23,7 @@ from components.curation.snapshots import curate, curate_key
 from components.diffusion.draws import Draw, Draws
 from components.families.bases import BaseModel, resolve_base
 from components.latents.caching import cache_latents
-from components.latents.encoding import ShardReader, encode_missing, locate, pixels_of
+from components.latents.encoding import encode_missing, pixels_of
 from components.latents.keys import (
     Item,
     caption_item,
@@ -33,6 +33,7 @@ from components.latents.keys import (
     training_buckets,
     training_size,
 )
+from components.latents.reading import ShardReader, locate
 from components.stages import Bench
 from components.training import finetune
 from components.workspace import Workspace

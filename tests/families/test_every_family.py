@@ -21,9 +21,10 @@ from components.evaluation.study import network_evaluations
 from components.families.bases import BaseModel, resolve_base
 from components.families.family import Framing
 from components.latents.caching import cache_latents
-from components.latents.encoding import ShardReader, locate, pixels_of
+from components.latents.encoding import pixels_of
 from components.latents.keys import caption_item, pixel_encoder_key, prompt_encoder_key, sample_item, training_buckets
 from components.latents.ragged import shortened, stacked
+from components.latents.reading import ShardReader, locate
 from components.layouts.skeleton import skeleton_of
 from components.layouts.tokens import Token, bundled
 from components.stages import Bench, Product

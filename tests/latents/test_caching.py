@@ -15,9 +15,9 @@ from sqlalchemy import select
 from transformers import CLIPTextModel
 
 from components.catalog.models import EncodedItem
-from components.errors import TrainingDiverged
+from components.errors import DamagedArtifact, TrainingDiverged
 from components.families.stable_diffusion import StableDiffusion
-from components.latents.encoding import ShardReader, encode_missing, locate, pixels_of
+from components.latents.encoding import encode_missing, pixels_of
 from components.latents.keys import (
     Item,
     caption_item,
@@ -26,6 +26,10 @@ from components.latents.keys import (
     sample_item,
     training_buckets,
 )
+from components.latents.pieces import Pieces
+from components.latents.reading import Held, ShardReader, Watch, locate
+from components.storage import Store
+from components.tensors import to_safetensors
 from tests.chain import Chain
 
 PICTURES = 60
@@ -199,3 +203,107 @@ def test_each_encoder_is_gone_before_the_next_is_loaded(chain: Chain, monkeypatc
     assert counts(chain) == (PICTURES, CAPTIONS)
     assert seen == [before]
     assert (alive(CLIPTextModel), alive(AutoencoderKL)) == before
+
+
+# what is damaged, and what is left of a killed process ----------------------------------------------------------------
+
+
+def test_a_picture_that_was_altered_in_the_store_is_named_and_nothing_is_made_of_it(chain: Chain):
+    row = chain.curate(chain.recipe())[-1]
+    flip(chain.bench.store.path(row.sha256))
+    with pytest.raises(DamagedArtifact, match=f"object {row.sha256} in .* was altered"):
+        chain.cache(chain.recipe())
+    flip(chain.bench.store.path(row.sha256))
+    assert counts(chain) == (PICTURES, 0)
+
+
+def test_what_a_killed_process_had_encoded_is_taken_up_and_a_damaged_piece_is_encoded_again(chain: Chain):
+    items = [caption_item(f"caption {i}") for i in range(20)]
+
+    def encode(batch: list[Item]) -> dict[str, torch.Tensor]:
+        return {"length": torch.tensor([[float(len(item.caption))] for item in batch])}
+
+    pieces = Pieces(chain.bench, "lengths", Held(chain.bench, "lengths"))
+    for part in (items[:5], items[5:10]):
+        pieces.write([(item.key, {"length": encode([item])["length"][0]}) for item in part])
+    first, _ = sorted(chain.bench.workspace.pieces.rglob("*-*"))
+    lost = {item.key for item in items[:5]} if items[0].key in pieces.keys_of(first) else {i.key for i in items[5:10]}
+    flip(first)
+    asked: list[str] = []
+
+    def counted(batch: list[Item]) -> dict[str, torch.Tensor]:
+        asked.extend(dict.fromkeys(item.key for item in batch))
+        return encode(batch)
+
+    assert encode_missing(chain.bench, "lengths", items, counted, lambda _: None) == 15
+    assert sorted(asked) == sorted({item.key for item in items[10:]} | lost)
+    keys = [item.key for item in items]
+    read = ShardReader(chain.bench.store, locate(chain.bench.catalog, "lengths", keys))(keys)["length"]
+    assert read.flatten().tolist() == [float(len(item.caption)) for item in items]
+    assert not list(chain.bench.workspace.pieces.rglob("*-*"))
+
+
+# reading ------------------------------------------------------------------------------------------------------------
+
+
+def first_shard(chain: Chain) -> tuple[str, list[str], dict[str, tuple[str, int]]]:
+    """A shard of pictures, its keys, and where everything lies."""
+    chain.cache(chain.recipe())
+    keys = [sample_item(row, sizes(chain)).key for row in chain.curate(chain.recipe())]
+    places = locate(chain.bench.catalog, pixel_encoder_key(chain.base()), keys)
+    ((shard, _), *_) = places.values()
+    return shard, keys, places
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_shard_that_was_altered_can_be_read_at_once_and_nothing_made_of_it_published(chain: Chain):
+    shard, keys, places = first_shard(chain)
+    flip(chain.bench.store.path(shard))
+    watch = Watch(chain.bench)
+    assert len(ShardReader(chain.bench.store, places, watch)(keys[:2])["mean"]) == 2
+    with pytest.raises(DamagedArtifact, match=f"object {shard} in .* was altered"):
+        watch.require_intact()
+    with pytest.raises(DamagedArtifact, match="was altered"):
+        ShardReader(chain.bench.store, places)(keys[:2])
+
+
+def test_a_shard_that_was_cut_or_deleted_is_refused_when_it_is_opened(chain: Chain):
+    shard, keys, places = first_shard(chain)
+    path = chain.bench.store.path(shard)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(DamagedArtifact, match="was altered"):
+        ShardReader(chain.bench.store, places, Watch(chain.bench))(keys[:1])
+    path.unlink()
+    with pytest.raises(DamagedArtifact, match="is gone"):
+        ShardReader(chain.bench.store, places, Watch(chain.bench))(keys[:1])
+
+
+def test_a_training_that_has_read_an_altered_shard_publishes_no_adapter(chain: Chain):
+    shard, _, _ = first_shard(chain)
+    flip(chain.bench.store.path(shard))
+    events: list[dict[str, Any]] = []
+    with pytest.raises(DamagedArtifact, match="was altered"):
+        chain.fine_tune(chain.recipe("training.max_train_steps=3"), events=events)
+    assert not any(event["event"] in ("checkpoint", "preview") for event in events)
+    assert not list((chain.bench.workspace.home / "work").rglob("manifest.json"))
+
+
+def test_only_the_rows_that_are_asked_for_come_into_memory(tmp_path: Path):
+    """A shard of 64 MB, of which two rows of 16 kB are read."""
+    store = Store(tmp_path)
+    rows = torch.zeros(4096, 4096)
+    ref = store.put(to_safetensors({"mean": rows}))
+    del rows
+    reader = ShardReader(store, {"a": (ref.sha256, 7), "b": (ref.sha256, 4000)}, check=lambda shard: None)
+    before = resident_bytes()
+    assert reader(["a", "b"])["mean"].shape == (2, 4096)
+    assert resident_bytes() - before < 16 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -15,8 +15,8 @@ from components.curation.snapshots import curate
 from components.diffusion.draws import Draw
 from components.diffusion.objectives import objective_from_scheduler
 from components.errors import BadInput, RecipeError, Stopped
-from components.latents.encoding import ShardReader, locate
 from components.latents.keys import mask_encoder_key, mask_item, training_buckets
+from components.latents.reading import ShardReader, locate
 from components.stages import Bench
 from tests.chain import Chain
 
