@@ -6,6 +6,9 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
+from components.errors import BadInput
+from components.shards import ENGINES, Crew
+
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
@@ -77,6 +80,20 @@ class Workspace:
     @property
     def mlflow_database(self) -> str:
         return f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def crew(self) -> Crew:
+        """Who does work that comes in shards: `SAFELIGHT_ENGINE`, `SAFELIGHT_PROCESSES` and Ray's own `RAY_ADDRESS`.
+
+        Raises: BadInput for an engine that there is not, and for a number of processes that is none.
+        """
+        engine = os.environ.get("SAFELIGHT_ENGINE") or "local"
+        if engine not in ENGINES:
+            raise BadInput(f"SAFELIGHT_ENGINE is {engine!r}: expected {' or '.join(ENGINES)}")
+        processes = os.environ.get("SAFELIGHT_PROCESSES") or str(len(os.sched_getaffinity(0)))
+        if not processes.isdecimal() or int(processes) < 1:
+            raise BadInput(f"SAFELIGHT_PROCESSES is {processes!r}: expected a number of processes, 1 or more")
+        return Crew(engine, int(processes), os.environ.get("RAY_ADDRESS") or None)
 
     def create(self) -> "Workspace":
         """Make the folders that exist in every workspace."""

@@ -31,6 +31,7 @@ PLUMBING = {
     "catalog",
     "config",
     "errors",
+    "shards",
     "stages",
     "storage",
     "workspace",

@@ -1,9 +1,9 @@
 """One decode of each picture whose bytes are new; what it told before is remembered by content."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +15,92 @@ from components.curation.masks import mask_png, read_mask, require_use
 from components.curation.scanning import ScannedFile
 from components.curation.sources import Problem, read_picture
 from components.errors import BadInput, DamagedArtifact
+from components.shards import run_shards
 from components.stages import Bench
 from components.storage import ObjectRef, Store
 
 MAX_FILE_BYTES = 512 << 20  # a larger picture file is refused unread
-CHUNK = 64  # images examined per commit: what a kill can cost
+SHARD_ITEMS = 64  # images examined per commit: what a kill can cost each process
+SHARD_BYTES = 64 << 20  # of files; more of them are not in one process's memory together, unless it is a single file
 WRITERS = 8  # a write waits for the disk, so several wait together
 INSERT_ROWS = 1000
+ITEM_BYTES = 32 << 10  # what a picture costs beside its bytes, as bytes
+WORTH_PROCESSES = 16 << 20  # bytes of work, one or two seconds of it; less is done before a process has started
 
 Facts = ImageFacts | Unreadable
 OnProgress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Some files to look at, and where to keep a copy of those that can be used."""
+
+    files: tuple[ScannedFile, ...]
+    known: tuple[bool, ...]  # of each file: it can be used, and only its bytes are missing from the store
+    store: Store
+
+    def __str__(self) -> str:
+        return f"{self.files[0].item.path} to {self.files[-1].item.path} ({len(self.files)} pictures)"
+
+
 def examine_files(bench: Bench, files: Sequence[ScannedFile], on_progress: OnProgress) -> tuple[dict[str, Facts], int]:
     """What one decode of each distinct file tells, from the catalog where it is known; bytes go into the store.
 
-    Commits every CHUNK images, so that a kill costs no more than these. Returns the facts by sha256, and how many
-    images were decoded.
+    Where there is enough to do, the workspace's crew does it. Commits shard by shard and in their order, so that a
+    kill costs no more than the shards at work. Returns the facts by sha256, and how many images were decoded.
     """
     distinct = {file.sha256: file for file in files if file.sha256 is not None}
     facts = _known_facts(bench, list(distinct))
     todo = [file for sha256, file in distinct.items() if not _is_done(bench.store, facts.get(sha256), file)]
-    done, decoded, fresh = len(distinct) - len(todo), 0, {}
+    done, decoded = len(distinct) - len(todo), 0
+    shards = [Shard(tuple(part), tuple(str(file.sha256) in facts for file in part), bench.store) for part in _cut(todo)]
     on_progress(done, len(distinct))
-    with ThreadPoolExecutor(WRITERS) as pool:
-        for start in range(0, len(todo), CHUNK):
-            chunk, writes = todo[start : start + CHUNK], []
-            for file in chunk:
-                known = facts.get(str(file.sha256))
-                data = _read(file)
-                if known is None:
-                    known = fresh[str(file.sha256)] = examine(data) if data is not None else _too_large(file)
-                    decoded += 1
-                if isinstance(known, ImageFacts) and data is not None:
-                    writes.append(pool.submit(bench.store.put, data))
-            for write in writes:
-                write.result()
-            _remember(bench, fresh)
-            facts |= fresh
-            done, fresh = done + len(chunk), {}
-            on_progress(done, len(distinct))
+
+    def commit(shard: Shard, found: Sequence[Facts | None]) -> None:
+        nonlocal done, decoded
+        fresh = {str(file.sha256): one for file, one in zip(shard.files, found, strict=True) if one is not None}
+        _remember(bench, fresh)
+        facts.update(fresh)
+        done, decoded = done + len(shard.files), decoded + len(fresh)
+        on_progress(done, len(distinct))
+
+    if sum(file.bytes + ITEM_BYTES for file in todo) < WORTH_PROCESSES:
+        for shard in shards:
+            commit(shard, examine_shard(shard))
+    else:
+        run_shards(examine_shard, shards, commit, bench.workspace.crew, named=str)
     return facts, decoded
+
+
+def examine_shard(shard: Shard) -> list[Facts | None]:
+    """What a decode of each file tells, None of those that are known; the bytes of what can be used are stored.
+
+    One picture is decoded at a time. Raises DamagedArtifact for a file that has changed since it was scanned.
+    """
+    found: list[Facts | None] = []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        writes = []
+        for file, known in zip(shard.files, shard.known, strict=True):
+            data = _read(file)
+            facts = None if known else examine(data) if data is not None else _too_large(file)
+            found.append(facts)
+            if data is not None and not isinstance(facts, Unreadable):
+                writes.append(pool.submit(shard.store.put, data))
+        for write in writes:
+            write.result()
+    return found
+
+
+def _cut(files: Sequence[ScannedFile]) -> Iterator[list[ScannedFile]]:
+    """Shards of at most SHARD_ITEMS files, which together have at most SHARD_BYTES unless one alone has more."""
+    part: list[ScannedFile] = []
+    for file in files:
+        if part and (len(part) == SHARD_ITEMS or sum(one.bytes for one in part) + file.bytes > SHARD_BYTES):
+            yield part
+            part = []
+        part.append(file)
+    if part:
+        yield part
 
 
 def read_masks(store: Store, files: Sequence[ScannedFile],

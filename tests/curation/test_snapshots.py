@@ -17,7 +17,7 @@ from PIL import Image
 
 from components.catalog import datasets
 from components.config import CurationConfig
-from components.curation.examining import CHUNK
+from components.curation.examining import SHARD_ITEMS
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.pixels import rgb_digest
 from components.curation.snapshots import curate, curate_key
@@ -324,9 +324,9 @@ curate(new_bench(Path(sys.argv[1])), sources(Path(sys.argv[2])), CurationConfig(
 
 
 def test_after_a_kill_only_uncommitted_images_are_decoded_again_for_the_same_manifest(bench: Bench, tmp_path: Path):
-    folder = pictures(tmp_path / "data", CHUNK + 10)
+    folder = pictures(tmp_path / "data", SHARD_ITEMS + 10)
     unbroken = curated(new_bench(tmp_path / "unbroken"), folder)
-    child = subprocess.run([sys.executable, "-c", CHILD, str(bench.workspace.home), str(folder), str(CHUNK)],
+    child = subprocess.run([sys.executable, "-c", CHILD, str(bench.workspace.home), str(folder), str(SHARD_ITEMS)],
                            cwd=Path(__file__).parents[2], check=False)
     assert child.returncode == -signal.SIGKILL
     resumed = curated(bench, folder)

@@ -1,0 +1,158 @@
+"""The seam: the same results in the same order from every engine, and a lost process that costs its shard alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from components.errors import BadInput, SafelightError, StageFailed
+from components.shards import AHEAD, Crew, joined_ray, run_shards
+
+ROOT = Path(__file__).parents[1]
+TWO = Crew(processes=2)
+
+
+@pytest.fixture(scope="module")
+def two_on_ray() -> Iterator[Crew]:
+    """A Ray of two workers, which takes ten seconds to start: every test joins the same."""
+    pytest.importorskip("ray", reason="Ray is not installed: safelight[ray]")
+    crew = Crew("ray", 2)
+    with joined_ray(crew):
+        yield crew
+
+
+@pytest.fixture(params=["local", "ray"])
+def crew(request: pytest.FixtureRequest) -> Crew:
+    return TWO if request.param == "local" else request.getfixturevalue("two_on_ray")
+
+
+def square(shard: tuple[int, Path]) -> tuple[int, int]:
+    """The shard's number squared and the process; leaves a mark for each time that it was called."""
+    number, marks = shard
+    time.sleep(0.05 if number == 0 else 0)  # the first one is the last to be ready
+    with (marks / str(number)).open("a") as mark:
+        mark.write("x")
+    return number * number, os.getpid()
+
+
+def die_once(shard: tuple[int, Path]) -> int:
+    """Kills the process that is given shard 3 for the first time."""
+    number, marks = shard
+    with (marks / str(number)).open("a") as mark:
+        mark.write("x")
+    if number == 3 and (marks / "3").read_text() == "x":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die(shard: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(shard: int) -> int:
+    if shard == 2:
+        raise BadInput("picture two cannot be used")
+    return 1 // (5 - shard)
+
+
+def sleep_long(shard: Path) -> None:
+    shard.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_results_come_in_the_order_of_the_shards_and_from_other_processes(crew: Crew, tmp_path: Path):
+    got = []
+    shards = [(number, tmp_path) for number in range(12)]
+    run_shards(square, shards, lambda shard, result: got.append((shard[0], *result)), crew, named=str)
+    assert [(number, result) for number, result, _ in got] == [(number, number * number) for number in range(12)]
+    processes = {process for _, _, process in got}
+    assert os.getpid() not in processes and 1 <= len(processes) <= 2
+    assert {(tmp_path / str(number)).read_text() for number in range(12)} == {"x"}
+
+
+def test_a_lost_process_costs_the_shard_it_had_and_no_other(crew: Crew, tmp_path: Path):
+    got = []
+    run_shards(die_once, [(number, tmp_path) for number in range(8)], lambda _, result: got.append(result), crew,
+               named=str)
+    assert got == list(range(8))
+    assert {number: len((tmp_path / str(number)).read_text()) for number in range(8)} == {
+        number: 2 if number == 3 else 1 for number in range(8)}
+
+
+def test_a_shard_that_loses_every_process_is_given_up_by_name(crew: Crew):
+    with pytest.raises(StageFailed, match=r"a\.png to b\.png: 3 processes .* were lost .*SAFELIGHT_PROCESSES=1"):
+        run_shards(die, [1], lambda _, result: None, crew, named=lambda shard: "a.png to b.png")
+
+
+def test_an_error_is_raised_here_and_what_came_before_is_committed(crew: Crew):
+    got: list[int] = []
+    with pytest.raises(BadInput, match="picture two cannot be used"):
+        run_shards(refuse, range(4), lambda shard, _: got.append(shard), crew, named=str)
+    assert got == [0, 1]
+    with pytest.raises(StageFailed, match="refuse: ZeroDivisionError: integer division or modulo by zero"):
+        run_shards(refuse, [4, 5], lambda shard, _: got.append(shard), crew, named=str)
+    assert got == [0, 1, 4]
+
+
+def test_of_a_long_list_only_a_few_shards_are_asked_for_ahead(tmp_path: Path):
+    asked, committed, ahead = 0, 0, []
+
+    def shards():
+        nonlocal asked
+        for number in range(60):
+            asked += 1
+            yield number, tmp_path
+
+    def commit(shard: tuple[int, Path], result: tuple[int, int]) -> None:
+        nonlocal committed
+        committed += 1
+        ahead.append(asked - committed)
+
+    run_shards(square, shards(), commit, TWO, named=str)
+    assert committed == 60 and max(ahead) == AHEAD * TWO.processes - 1
+
+
+def test_a_commit_that_fails_ends_the_work_and_its_processes(tmp_path: Path):
+    seen: set[int] = set()
+
+    def commit(shard: tuple[int, Path], result: tuple[int, int]) -> None:
+        seen.add(result[1])
+        raise SafelightError("the disk is full")
+
+    with pytest.raises(SafelightError, match="the disk is full"):
+        run_shards(square, [(number, tmp_path) for number in range(100)], commit, TWO, named=str)
+    assert len(seen) == 1 and not Path(f"/proc/{seen.pop()}").exists()
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from components.shards import Crew, run_shards
+from tests.test_shards import sleep_long
+run_shards(sleep_long, [Path(sys.argv[1])], lambda shard, result: None, Crew(), named=str)
+"""
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path):
+    mark = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(mark)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child = Path(f"/proc/{mark.read_text()}")
+    assert child.exists()
+    parent.kill()
+    parent.wait()
+    while child.exists() and "Z" not in (child / "stat").read_text().split()[2] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not child.exists() or (child / "stat").read_text().split()[2] == "Z"
+
+
+def test_ray_is_imported_only_where_it_is_asked_for():
+    code = "import sys, components.shards, components.curation.snapshots; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
