@@ -6,12 +6,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from components.config import CurationConfig
+from components.curation import examining
+from components.curation.examining import OnProgress
+from components.curation.manifest import read_manifest
+from components.curation.snapshots import curate
 from components.errors import BadInput, SafelightError, StageFailed
 from components.shards import AHEAD, Crew, joined_ray, run_shards
+from components.stages import Bench, Product
+from components.workspace import Workspace
+from tests.curation.folders import new_bench, pictures, sources
 
 ROOT = Path(__file__).parents[1]
 TWO = Crew(processes=2)
@@ -156,3 +166,74 @@ def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path):
 def test_ray_is_imported_only_where_it_is_asked_for():
     code = "import sys, components.shards, components.curation.snapshots; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# curation behind the seam -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def always_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little there is to do, it is done in shards of five pictures, in other processes."""
+    monkeypatch.setattr(examining, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(examining, "SHARD_ITEMS", 5)
+
+
+def mixed_folder(folder: Path) -> Path:
+    """Thirty pictures, of which one is damaged and one is another's copy."""
+    pictures(folder, 30)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:100])
+    (folder / "copy.png").write_bytes((folder / "003.png").read_bytes())
+    (folder / "copy.txt").write_text("again")
+    return folder
+
+
+def curated_by(crew: Crew, home: Path, folder: Path, monkeypatch: pytest.MonkeyPatch,
+               on_progress: OnProgress = lambda done, total: None) -> tuple[Bench, Product]:
+    monkeypatch.setenv("SAFELIGHT_ENGINE", crew.engine)
+    monkeypatch.setenv("SAFELIGHT_PROCESSES", str(crew.processes))
+    bench = new_bench(home)
+    return bench, curate(bench, sources(folder), CurationConfig(), dataset="blobs", training_size=64,
+                         on_progress=on_progress)
+
+
+@pytest.mark.usefixtures("always_elsewhere")
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_snapshot_is_the_same_from_every_engine_and_number_of_processes(
+    crew: Crew, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = mixed_folder(tmp_path / "data")
+    with monkeypatch.context() as here:
+        here.setattr(examining, "WORTH_PROCESSES", 1 << 40)
+        _, alone = curated_by(crew, tmp_path / "alone", folder, here)
+    progress: list[int] = []
+    bench, made = curated_by(replace(crew, processes=processes), tmp_path / "home", folder, monkeypatch,
+                             lambda done, total: progress.append(done))
+    assert made.outputs == alone.outputs and made.facts == alone.facts
+    assert made.facts["examined"] == 30 and progress == [0, 5, 10, 15, 20, 25, 30]
+    kept = read_manifest(bench.store, made.facts["digest"])
+    assert {row.file_name for row in kept} == {path.name for path in folder.glob("*.png")} - {"007.png", "copy.png"}
+    assert all(bench.store.read(row.sha256) == (folder / row.file_name).read_bytes() for row in kept)
+
+
+@pytest.mark.usefixtures("always_elsewhere")
+def test_curating_goes_on_when_one_of_its_processes_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, killed = mixed_folder(tmp_path / "data"), []
+
+    def kill_one(done: int, total: int) -> None:
+        if done and not killed:
+            workers = [child for child in psutil.Process().children() if "components.shards" in child.cmdline()]
+            workers[0].kill()
+            killed.append(workers[0].pid)
+
+    _, unbroken = curated_by(TWO, tmp_path / "unbroken", folder, monkeypatch)
+    _, made = curated_by(TWO, tmp_path / "home", folder, monkeypatch, kill_one)
+    assert killed and made.outputs == unbroken.outputs and made.facts["examined"] == 30
+
+
+def test_the_crew_is_the_machines_and_a_setting_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch):
+    workspace = Workspace(Path("home"))
+    assert workspace.crew == Crew("local", len(os.sched_getaffinity(0)), None)
+    for name, value in {"SAFELIGHT_PROCESSES": "0", "SAFELIGHT_ENGINE": "dask"}.items():
+        with monkeypatch.context() as wrong, pytest.raises(BadInput, match=f"{name} is '{value}': expected"):
+            wrong.setenv(name, value)
+            _ = workspace.crew

@@ -158,7 +158,7 @@ def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts
     reduced = image.reduce(max(1, min(image.size) // REDUCED_SIDE, isqrt(image.width * image.height // REDUCED_PIXELS)))
     grey = reduced.convert("L")
     rgb = np.asarray(reduced, dtype=np.float32)                          # (h, w, 3)
-    red, green, blue = rgb.mean(axis=(0, 1), dtype=np.float64).round(3).tolist()
+    red, green, blue = np.round(ImageStat.Stat(reduced).mean, 3).tolist()
     p1, p5, p50, p95, p99 = np.percentile(_perceived_brightness(rgb), (1, 5, 50, 95, 99)).round(5).tolist()
     return ImageFacts(
         rgb_digest=rgb_digest(image), width=image.width, height=image.height, format=decoded.format, mode=decoded.mode,

@@ -22,7 +22,7 @@ from components.storage import ObjectRef, Store
 MAX_FILE_BYTES = 512 << 20  # a larger picture file is refused unread
 SHARD_ITEMS = 64  # images examined per commit: what a kill can cost each process
 SHARD_BYTES = 64 << 20  # of files; more of them are not in one process's memory together, unless it is a single file
-WRITERS = 8  # a write waits for the disk, so several wait together
+WRITERS = 16  # a write waits for the disk, so several wait together
 INSERT_ROWS = 1000
 ITEM_BYTES = 32 << 10  # what a picture costs beside its bytes, as bytes
 WORTH_PROCESSES = 16 << 20  # bytes of work, one or two seconds of it; less is done before a process has started
@@ -152,9 +152,10 @@ def _known_facts(bench: Bench, digests: Sequence[str]) -> dict[str, Facts]:
     known: dict[str, Facts] = {}
     with bench.catalog.read() as session:
         for start in range(0, len(digests), INSERT_ROWS):
-            query = select(ExaminedImage).where(ExaminedImage.version == EXAMINE_VERSION,
-                                                ExaminedImage.sha256.in_(digests[start : start + INSERT_ROWS]))
-            known |= {row.sha256: _facts_from_json(row.facts) for row in session.scalars(query)}
+            part = digests[start : start + INSERT_ROWS]
+            query = select(ExaminedImage.sha256, ExaminedImage.facts).where(
+                ExaminedImage.version == EXAMINE_VERSION, ExaminedImage.sha256.in_(part))
+            known |= {sha256: _facts_from_json(facts) for sha256, facts in session.execute(query)}
     return known
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import delete, select
+from sqlalchemy import ColumnElement, delete, insert, select, true
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import InstrumentedAttribute
 
 from components.catalog.database import Catalog
 from components.catalog.models import SourceFile, SourceNote
@@ -25,6 +26,7 @@ CHUNK = 500  # files per transaction and per query
 KEPT_BYTES = 64 << 20  # what is learnt of a file and longer than this is learnt again by every scan
 
 Learn = Callable[[Path], bytes]
+Memory = type[SourceFile] | type[SourceNote]
 
 
 class Recall(Protocol):
@@ -55,22 +57,21 @@ def remembering(catalog: Catalog, *, verify: bool = False) -> Recall:
         found: dict[Path, bytes | OSError] = {}
         for chunk in _chunks(paths):
             known = {} if verify else _known_notes(catalog, chunk, kind)
-            fresh: list[SourceNote] = []
+            fresh: list[dict[str, Any]] = []
             for path in chunk:
                 try:
                     now = path.stat()
                     row = known.get(str(path))
                     if row is not None and _unchanged(row, now):
-                        found[path] = row.body
+                        found[path] = row.learnt
                         continue
                     body = found[path] = learn(path)
                 except OSError as error:
                     found[path] = error
                     continue
                 if len(body) <= KEPT_BYTES:
-                    fresh.append(SourceNote(path=str(path), kind=kind, size=now.st_size, mtime_ns=now.st_mtime_ns,
-                                            ctime_ns=now.st_ctime_ns, inode=now.st_ino, seen_ns=started_ns, body=body))
-            _remember(catalog, SourceNote, fresh)
+                    fresh.append(_seen(path, now, started_ns) | {"kind": kind, "body": body})
+            _remember(catalog, SourceNote, fresh, SourceNote.kind == kind)
         return found
 
     return recall
@@ -92,22 +93,21 @@ def hash_files(catalog: Catalog, paths: Sequence[Path], *, verify: bool = False)
     found: dict[Path, FileDigest] = {}
     for chunk in _chunks(paths):
         known = {} if verify else _known_files(catalog, chunk)
-        fresh: list[SourceFile] = []
+        fresh: list[dict[str, Any]] = []
         for path in chunk:
             try:
                 now = path.stat()
                 row = known.get(str(path))
                 if row is not None and _unchanged(row, now):
-                    found[path] = FileDigest(row.sha256, row.size, hashed=False)
+                    found[path] = FileDigest(row.learnt, row.size, hashed=False)
                     continue
                 digest = sha256_of(path)
             except OSError as error:
                 found[path] = FileDigest(None, 0, hashed=False, problem=Problem("file", why_unreadable(error)))
                 continue
             found[path] = FileDigest(digest, now.st_size, hashed=True)
-            fresh.append(SourceFile(path=str(path), size=now.st_size, mtime_ns=now.st_mtime_ns,
-                                    ctime_ns=now.st_ctime_ns, inode=now.st_ino, seen_ns=started_ns, sha256=digest))
-        _remember(catalog, SourceFile, fresh)
+            fresh.append(_seen(path, now, started_ns) | {"sha256": digest})
+        _remember(catalog, SourceFile, fresh, true())
     return found
 
 
@@ -119,31 +119,50 @@ def _chunks(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
     yield from (paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK))
 
 
-def _unchanged(row: SourceFile | SourceNote, now: os.stat_result) -> bool:
+def _seen(path: Path, now: os.stat_result, started_ns: int) -> dict[str, Any]:
+    """The columns that tell later whether a file is unchanged."""
+    return {"path": str(path), "size": now.st_size, "mtime_ns": now.st_mtime_ns, "ctime_ns": now.st_ctime_ns,
+            "inode": now.st_ino, "seen_ns": started_ns}
+
+
+class _Known(NamedTuple):
+    """A file as last seen, and what was learnt of it: its sha256 or a note's body."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    seen_ns: int
+    learnt: Any
+
+
+def _unchanged(row: _Known, now: os.stat_result) -> bool:
     same = (row.size, row.mtime_ns, row.ctime_ns, row.inode) == (
         now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
     return same and max(row.mtime_ns, row.ctime_ns) < row.seen_ns - TRUSTED_AGE_NS
 
 
-def _known_files(catalog: Catalog, paths: Sequence[Path]) -> dict[str, SourceFile]:
+def _known_files(catalog: Catalog, paths: Sequence[Path]) -> dict[str, _Known]:
+    return _known(catalog, SourceFile, SourceFile.sha256, paths, true())
+
+
+def _known_notes(catalog: Catalog, paths: Sequence[Path], kind: str) -> dict[str, _Known]:
+    return _known(catalog, SourceNote, SourceNote.body, paths, SourceNote.kind == kind)
+
+
+def _known(catalog: Catalog, model: Memory, learnt: InstrumentedAttribute[Any], paths: Sequence[Path],
+           where: ColumnElement[bool]) -> dict[str, _Known]:
+    """Plain rows, by path: an object for each would cost more than looking at the file does."""
+    query = select(model.path, model.size, model.mtime_ns, model.ctime_ns, model.inode, model.seen_ns, learnt).where(
+        model.path.in_([str(path) for path in paths]), where)
     with catalog.read() as session:
-        query = select(SourceFile).where(SourceFile.path.in_([str(path) for path in paths]))
-        return {row.path: row for row in session.scalars(query)}
+        return {row[0]: _Known(*row) for row in session.execute(query)}
 
 
-def _known_notes(catalog: Catalog, paths: Sequence[Path], kind: str) -> dict[str, SourceNote]:
-    with catalog.read() as session:
-        query = select(SourceNote).where(SourceNote.kind == kind, SourceNote.path.in_([str(path) for path in paths]))
-        return {row.path: row for row in session.scalars(query)}
-
-
-def _remember(catalog: Catalog, model: type[SourceFile] | type[SourceNote],
-              rows: Sequence[SourceFile] | Sequence[SourceNote]) -> None:
+def _remember(catalog: Catalog, model: Memory, rows: Sequence[dict[str, Any]], where: ColumnElement[bool]) -> None:
     if not rows:
         return
-    stale = delete(model).where(model.path.in_([row.path for row in rows]))
-    if isinstance(rows[0], SourceNote):
-        stale = stale.where(SourceNote.kind == rows[0].kind)
     with suppress(IntegrityError), catalog.write() as session:  # another process has just remembered the same
-        session.execute(stale)
-        session.add_all(rows)
+        session.execute(delete(model).where(model.path.in_([row["path"] for row in rows]), where))
+        session.execute(insert(model), rows)

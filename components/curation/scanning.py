@@ -69,4 +69,6 @@ def _scanned(item: Item, digests: Sequence[FileDigest]) -> ScannedFile:
     picture = digests[0] if item.path is not None else None
     mask = digests[1].sha256 if item.mask is not None else None
     sha256, size = (picture.sha256, picture.bytes) if picture else (None, 0)
-    return ScannedFile(replace(item, problem=item.problem or problem), sha256, size, mask)
+    if problem is not None and item.problem is None:
+        item = replace(item, problem=problem)
+    return ScannedFile(item, sha256, size, mask)

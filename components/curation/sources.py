@@ -48,10 +48,10 @@ class Layout:
 
 def _holds_repeats(listing: Listing) -> bool:
     """Folders such as `10_sks dog` at the top, and neither pictures nor a table beside them."""
+    if not any(entry.folder and REPEATS.fullmatch(entry.name.parts[0]) for entry in listing.files):
+        return False
     at_top = [entry for entry in listing.files if len(entry.name.parts) == 1]
-    return any(REPEATS.fullmatch(entry.name.parts[0]) for entry in listing.files if len(entry.name.parts) > 1) and (
-        not any(entry.is_picture or entry.name.name in TABLE_NAMES for entry in at_top)
-    )
+    return not any(entry.is_picture or entry.name.name in TABLE_NAMES for entry in at_top)
 
 
 def _holds(*suffixes: str) -> Callable[[Listing], bool]:
@@ -208,6 +208,8 @@ def _as_the_recipe_says(item: Item, source: DataSource) -> Item:
     if any(words) and item.problem is None:
         item = replace(item, caption=_worded(item.caption, source),
                        variants=tuple(_worded(caption, source) for caption in item.variants))
+    if source.licence is None and source.repeats == 1 and not source.is_reg:
+        return item
     return replace(item, licence=item.licence or source.licence, repeats=item.repeats * source.repeats,
                    is_reg=source.is_reg)
 

@@ -37,7 +37,8 @@ def read_pictures(listing: Listing, source: DataSource, recall: Recall, folder_n
             skipped.append(Skipped(printable(entry.name), "in no folder that is named like 10_tokens, where kohya's"
                                    " trainers look for pictures; set layout = \"folder\" to read it"))
         else:
-            chosen.append(entry if folder_names != "ignored" else replace(entry, folder=None))
+            ignored = folder_names == "ignored" and entry.folder is not None
+            chosen.append(replace(entry, folder=None) if ignored else entry)
     pictures = {str(entry.name): entry for entry in chosen if entry.is_picture}
     listed, beside, unused = _what_is_said(root, chosen, pictures, source, recall)
     texts = recall([entry.path for entries in beside.values() for entry in entries], "caption/1", _caption_bytes)
@@ -52,12 +53,12 @@ def read_pictures(listing: Listing, source: DataSource, recall: Recall, folder_n
 
 def _what_is_said(
     root: Path, entries: Sequence[Entry], pictures: Mapping[str, Entry], source: DataSource, recall: Recall
-) -> tuple[dict[str, Row], dict[PurePosixPath, list[Entry]], list[Skipped]]:
-    """Rows of tables by picture, caption files by the picture's path without its ending, and what is neither.
+) -> tuple[dict[str, Row], dict[str, list[Entry]], list[Skipped]]:
+    """Rows of tables by picture, caption files by their stem, and what is neither.
 
     A `metadata` table counts before a caption file, which counts before another trainer's JSON.
     """
-    stems = {entry.name.with_suffix("") for entry in pictures.values()}
+    stems = {entry.stem for entry in pictures.values()}
     from_names = source.caption_from == "file_name"
     tables, jsons, captions, unused = [], [], [], []
     for entry in entries:
@@ -66,23 +67,23 @@ def _what_is_said(
             continue
         if name.name in TABLE_NAMES and not from_names:
             tables.append(entry)
-        elif name.name in JSON_TABLES and name.with_suffix("") not in stems and not from_names:
+        elif name.name in JSON_TABLES and entry.stem not in stems and not from_names:
             jsons.append(entry)
         elif reason := _why_skipped(entry, stems, source):
             unused.append(Skipped(printable(name), reason))
         else:
             captions.append(entry)
-    beside: dict[PurePosixPath, list[Entry]] = {}
+    beside: dict[str, list[Entry]] = {}
     for entry in captions:
-        beside.setdefault(entry.name.with_suffix(""), []).append(entry)
+        beside.setdefault(entry.stem, []).append(entry)
     listed = table_rows(root, tables, source, recall)
     speakers = {table.name.parent: table.name.name for table in tables}
     others, said_nothing = json_rows(jsons, pictures, speakers, recall)
-    others = {name: row for name, row in others.items() if PurePosixPath(name).with_suffix("") not in beside}
+    others = {name: row for name, row in others.items() if str(PurePosixPath(name).with_suffix("")) not in beside}
     return others | listed, beside, unused + said_nothing
 
 
-def _why_skipped(entry: Entry, stems: set[PurePosixPath], source: DataSource) -> str | None:
+def _why_skipped(entry: Entry, stems: set[str], source: DataSource) -> str | None:
     """Why a file that is no picture is not read; None for a picture's caption."""
     name, suffix = entry.name, entry.suffix
     if name.stem.endswith(NO_PICTURES) and suffix not in CAPTION_SUFFIXES:
@@ -95,16 +96,16 @@ def _why_skipped(entry: Entry, stems: set[PurePosixPath], source: DataSource) ->
         return "captions are taken from the pictures' names"
     if source.caption_extension not in ("any", suffix):
         return f"caption_extension is {source.caption_extension!r}"
-    return None if name.with_suffix("") in stems else "no picture of this name"
+    return None if entry.stem in stems else "no picture of this name"
 
 
-def _beside_caption(root: Path, entry: Entry, captions: Mapping[PurePosixPath, Sequence[Entry]],
+def _beside_caption(root: Path, entry: Entry, captions: Mapping[str, Sequence[Entry]],
                     texts: Mapping[Path, bytes | OSError], source: DataSource) -> Item:
     repeats, tokens = (int(entry.folder[1]), entry.folder[2].strip()) if entry.folder else (1, "")
     item = Item(printable(entry.name), entry.path, problem=entry.problem, repeats=max(1, repeats))
     if entry.problem:
         return replace(item, path=None)
-    matches = captions.get(entry.name.with_suffix(""), [])
+    matches = captions.get(entry.stem, [])
     if len(matches) > 1:
         raise BadInput(f"{root / entry.name}: has two captions, {matches[0].name} and {matches[1].name}; remove one")
     try:

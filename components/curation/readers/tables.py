@@ -66,8 +66,8 @@ def json_rows(entries: Sequence[Entry], pictures: Mapping[str, Entry], spoken_fo
     skipped: list[Skipped] = []
     taken = dict(spoken_for)
     stems: dict[str, list[str]] = {}
-    for name in pictures:
-        stems.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
+    for name, picture in pictures.items():
+        stems.setdefault(picture.stem, []).append(name)
     for entry in sorted(entries, key=lambda entry: JSON_TABLES.index(entry.name.name)):
         folder = entry.name.parent
         if folder in taken:

@@ -3,10 +3,10 @@
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from components.curation.items import Problem, Skipped, is_picture, printable
+from components.curation.items import PICTURE_SUFFIXES, Problem, Skipped, is_picture, printable
 from components.errors import BadInput
 
 PEERS_CACHES = frozenset({"_latent_cache", "_t_e_cache", "__pycache__", "__macosx"})  # other trainers', in lower case
@@ -15,20 +15,21 @@ REPEATS = re.compile(r"(\d+)_(.+)")  # a folder of the kohya layout
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file, and what its place says."""
+    """A file, and what its place and its name say. A listing has many: what is asked often is worked out once."""
 
     name: PurePosixPath  # relative to the source's folder
     path: Path
     problem: Problem | None  # why it must not be opened
     folder: re.Match[str] | None  # the innermost folder of the kohya layout
+    stem: str = field(init=False)  # the name with its folders, without its ending: what picture and caption share
+    suffix: str = field(init=False)  # the ending, in lower case
+    is_picture: bool = field(init=False)
 
-    @property
-    def is_picture(self) -> bool:
-        return is_picture(self.name)
-
-    @property
-    def suffix(self) -> str:
-        return self.name.suffix.lower()
+    def __post_init__(self) -> None:
+        ending = self.name.suffix
+        object.__setattr__(self, "stem", str(self.name).removesuffix(ending))
+        object.__setattr__(self, "suffix", ending.lower())
+        object.__setattr__(self, "is_picture", self.suffix in PICTURE_SUFFIXES and is_picture(self.name))
 
 
 @dataclass(frozen=True, slots=True)

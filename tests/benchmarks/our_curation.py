@@ -1,0 +1,80 @@
+"""One curation in a process of its own: `python -m tests.benchmarks.our_curation HOME FOLDER SIZE [--scan]`.
+
+Prints what it took as JSON: seconds of wall and of CPU (all of its processes), their peak memory together, and counts.
+"""
+
+import argparse
+import json
+import resource
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from components.config import CurationConfig, DataConfig, DataSource
+from components.curation.snapshots import curate, curate_key
+from components.stages import Bench
+from components.workspace import Workspace
+
+SAMPLE_S = 0.1
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has seen end."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+class Memory:
+    """Looks ten times a second at the resident memory of this process and its children."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        here = psutil.Process()
+        while True:
+            total = 0
+            for process in (here, *here.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    total += process.memory_info().rss
+            self.peak = max(self.peak, total)
+            time.sleep(SAMPLE_S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("home", type=Path)
+    parser.add_argument("folder")
+    parser.add_argument("size", type=int)
+    parser.add_argument("--scan", action="store_true", help="look only at what has changed")
+    asked = parser.parse_args()
+    bench = Bench.open(Workspace(asked.home))
+    bench.catalog.migrate()
+    data, curation, memory = DataConfig(sources=(DataSource(path=asked.folder),)), CurationConfig(), Memory()
+    at: list[tuple[float, float]] = [(time.monotonic(), cpu_seconds())]
+    examined_at: list[tuple[float, float]] = []
+    key, found = curate_key(bench, data, curation, dataset="bench", training_size=asked.size)
+    at.append((time.monotonic(), cpu_seconds()))
+    told: dict[str, Any] = {"files": len(found.files), "hashed": found.hashed}
+    if not asked.scan:
+        def progress(done: int, total: int) -> None:
+            if done == total:
+                examined_at[:] = [(time.monotonic(), cpu_seconds())]
+
+        product = curate(bench, data, curation, dataset="bench", training_size=asked.size, scanned=found, key=key,
+                         on_progress=progress)
+        at += [*examined_at, (time.monotonic(), cpu_seconds())]
+        told |= {name: product.facts[name] for name in ("kept", "rejected", "examined")}
+    for name, before, after in zip(("scan", "examine", "judge"), at, at[1:], strict=False):
+        told[name] = {"wall": after[0] - before[0], "cpu": after[1] - before[1]}
+    told["all"] = {"wall": at[-1][0] - at[0][0], "cpu": at[-1][1] - at[0][1]}
+    print(json.dumps(told | {"peak_mb": memory.peak / 2**20}))
+
+
+if __name__ == "__main__":
+    main()
