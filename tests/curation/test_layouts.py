@@ -8,8 +8,7 @@ import sys
 import tarfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from components.curation.sources import LAYOUTS, Reading, read_data
 from components.errors import BadInput
 from components.stages import Bench
 from tests.curation.folders import picture, pictures, table, tree_digest
+from tests.curation.listening import listening
 
 NUMBER = 4
 
@@ -62,29 +62,6 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(body)
             archive.addfile(info, io.BytesIO(body))
     return path
-
-
-_ears: list[list[str]] = []  # lists that are told of every file that is opened
-
-
-def _on_audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open":
-        for heard in _ears:
-            heard.append(str(arguments[0]))
-
-
-sys.addaudithook(_on_audit)  # cannot be taken back; costs a comparison per event
-
-
-@contextmanager
-def listening() -> Iterator[list[str]]:
-    """The names of the files that are opened meanwhile."""
-    heard: list[str] = []
-    _ears.append(heard)
-    try:
-        yield heard
-    finally:
-        _ears.remove(heard)
 
 
 # one data set in every layout -----------------------------------------------------------------------------------------
