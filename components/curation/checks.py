@@ -159,7 +159,8 @@ def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts
     grey = reduced.convert("L")
     rgb = np.asarray(reduced, dtype=np.float32)                          # (h, w, 3)
     red, green, blue = np.round(ImageStat.Stat(reduced).mean, 3).tolist()
-    p1, p5, p50, p95, p99 = np.percentile(_perceived_brightness(rgb), (1, 5, 50, 95, 99)).round(5).tolist()
+    brightness = np.sort(_perceived_brightness(rgb), axis=None)   # sorting first is faster than five partitions
+    p1, p5, p50, p95, p99 = np.percentile(brightness, (1, 5, 50, 95, 99)).round(5).tolist()
     return ImageFacts(
         rgb_digest=rgb_digest(image), width=image.width, height=image.height, format=decoded.format, mode=decoded.mode,
         notes=decoded.notes, phash=phash(grey), dhash=dhash(grey), mean_colour=(red, green, blue),

@@ -33,7 +33,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # no decoder outside t
 MAX_PIXELS = 64_000_000     # refused from the header; decoding and checking the largest takes below 1 GB of memory
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS   # of a JPEG, over all its scans; encoders make about ten
 MAX_TILE_PIXELS = 2048 * 2048   # of a TIFF, where the picture itself is smaller: a tile is unpacked as a whole
-STRIP_ROWS = 512            # hashed at a time
+STRIP_PIXELS = 2**20        # hashed at a time
 WHITE = (255, 255, 255)
 
 warnings.filterwarnings("ignore", module=r"PIL\.")   # what Pillow says of odd files is said in notes and reasons
@@ -124,8 +124,10 @@ def read_image(data: bytes, background: tuple[int, int, int] = WHITE, *, max_pix
 def rgb_digest(image: Image.Image) -> str:
     """sha256 of an RGB image's size and pixels, hex: equal for the same picture in another container."""
     digest = hashlib.sha256(f"{image.width}x{image.height} RGB\n".encode())
-    for top in range(0, image.height, STRIP_ROWS):
-        digest.update(image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height))).tobytes())
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))) if rows < image.height else image
+        digest.update(strip.tobytes())
     return digest.hexdigest()
 
 
