@@ -20,7 +20,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,21 +123,29 @@ def _in_processes(
             idle.put(worker)
 
     pool = ThreadPoolExecutor(crew.processes)
-    pending: deque[tuple[Shard, Any]] = deque()
+    pending: deque[tuple[Shard, Future[Result]]] = deque()
+
+    def commit_first() -> None:
+        shard, result = pending.popleft()
+        commit(shard, result.result())
+
     try:
         for shard in shards:
             pending.append((shard, pool.submit(done_elsewhere, shard)))
             if len(pending) >= AHEAD * crew.processes:
-                first, result = pending.popleft()
-                commit(first, result.result())
-        for shard, result in pending:
-            commit(shard, result.result())
-    finally:
-        for _, result in pending:
-            result.cancel()
+                commit_first()
+        while pending:
+            commit_first()
+    except Exception:
+        raise  # what is at work goes on to its end, so that nothing half-written stays
+    except BaseException:
         for worker in workers:
-            worker.end()
-        pool.shutdown()
+            worker.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.close()
 
 
 class _Worker:
@@ -175,13 +183,19 @@ class _Worker:
                 )
             return self._process
 
-    def end(self) -> None:
+    def kill(self) -> None:
+        """End the process, which has nothing to save, whatever it is doing; none is started any more."""
         with self._starting:
             self._ended = True
-            if self._process is None:
-                return
-        self._process.kill()  # it has nothing to save
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        """`kill`, when nothing waits for its answers any more."""
+        self.kill()
+        if self._process is not None:
+            _close_pipes(self._process)
 
 
 def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes | None:
@@ -195,10 +209,15 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes | Non
         answer = None
     if answer is None:
         process.wait()
-        with suppress(OSError):  # what was not yet written to it
-            process.stdin.close()
-        process.stdout.close()
+        _close_pipes(process)
     return answer
+
+
+def _close_pipes(process: "subprocess.Popen[bytes]") -> None:
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):  # what was not yet written to it
+            if pipe is not None:
+                pipe.close()
 
 
 def _send(stream: IO[bytes], body: bytes) -> None:
