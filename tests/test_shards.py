@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,7 @@ from components.curation.examining import OnProgress
 from components.curation.manifest import read_manifest
 from components.curation.snapshots import curate
 from components.errors import BadInput, SafelightError, StageFailed
-from components.shards import AHEAD, Crew, joined_ray, run_shards
+from components.shards import AHEAD, Crew, Engine, joined_ray, run_shards
 from components.stages import Bench, Product
 from components.workspace import Workspace
 from tests.curation.folders import new_bench, pictures, sources
@@ -197,16 +196,19 @@ def curated_by(crew: Crew, home: Path, folder: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("always_elsewhere")
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize(("engine", "processes"), [("local", 1), ("local", 3), ("ray", 2)])
 def test_a_snapshot_is_the_same_from_every_engine_and_number_of_processes(
-    crew: Crew, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, processes: int, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    if engine == "ray":
+        request.getfixturevalue("two_on_ray")
+    crew = Crew(engine, processes)
     folder = mixed_folder(tmp_path / "data")
     with monkeypatch.context() as here:
         here.setattr(examining, "WORTH_PROCESSES", 1 << 40)
         _, alone = curated_by(crew, tmp_path / "alone", folder, here)
     progress: list[int] = []
-    bench, made = curated_by(replace(crew, processes=processes), tmp_path / "home", folder, monkeypatch,
+    bench, made = curated_by(crew, tmp_path / "home", folder, monkeypatch,
                              lambda done, total: progress.append(done))
     assert made.outputs == alone.outputs and made.facts == alone.facts
     assert made.facts["examined"] == 30 and progress == [0, 5, 10, 15, 20, 25, 30]

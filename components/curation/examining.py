@@ -25,7 +25,7 @@ SHARD_BYTES = 64 << 20  # of files; more of them are not in one process's memory
 WRITERS = 16  # a write waits for the disk, so several wait together
 INSERT_ROWS = 1000
 ITEM_BYTES = 32 << 10  # what a picture costs beside its bytes, as bytes
-WORTH_PROCESSES = 16 << 20  # bytes of work, one or two seconds of it; less is done before a process has started
+WORTH_PROCESSES = 48 << 20  # bytes of work, some seconds of it; less is done before processes have started
 
 Facts = ImageFacts | Unreadable
 OnProgress = Callable[[int, int], None]

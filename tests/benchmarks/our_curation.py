@@ -23,9 +23,14 @@ SAMPLE_S = 0.1
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has seen end."""
+    """Of this process and its children, those that have ended too."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    total = sum(one.ru_utime + one.ru_stime for one in used)
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 class Memory:
