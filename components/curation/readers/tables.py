@@ -52,7 +52,7 @@ def table_rows(root: Path, tables: Sequence[Entry], source: DataSource, recall: 
             key = str(folder / name) if problem is None else name
             if key in found:
                 raise BadInput(f"{row.where}: {name!r} is listed twice, before in {found[key].where}; remove one")
-            found[key] = replace(row, problem=problem)
+            found[key] = replace(row, problem=problem) if problem else row
     return found
 
 
@@ -86,7 +86,7 @@ def json_rows(entries: Sequence[Entry], pictures: Mapping[str, Entry], spoken_fo
 def from_row(root: Path, name: str, row: Row, entry: Entry | None) -> Item:
     """The item that a row describes; `entry` is the file of its name, if there is one."""
     values = row.values
-    item = provenance(Item(name, root / name, problem=row.problem), values, row.where)
+    item = provenance(Item(name, entry.path if entry else root / name, problem=row.problem), values, row.where)
     if item.problem is None and entry is None:
         reason = f"{row.where}: {name!r} is not among the folder's pictures; add it or remove the line"
         item = replace(item, problem=Problem("file", reason))
