@@ -9,10 +9,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from sqlalchemy import delete, insert
 from sqlalchemy.exc import IntegrityError
@@ -107,9 +108,9 @@ class Pieces:
         """The items of one piece; none where it is gone or damaged."""
         if path not in self._keys:
             try:
-                with safe_open(path, "pt") as file:
-                    self._keys[path] = frozenset(json.loads(file.metadata()[KEYS]))
-            except (FileNotFoundError, SafetensorError):  # sealed by another, or damaged
+                with path.open("rb") as file:
+                    self._keys[path] = frozenset(_keys_in(file))
+            except (FileNotFoundError, ValueError, KeyError, TypeError):  # sealed by another, or damaged
                 return frozenset()
         return self._keys[path]
 
@@ -136,6 +137,11 @@ def _rows_in(path: Path) -> Iterator[tuple[str, Tensors]]:
     if hashlib.sha256(data).hexdigest() != path.name.partition("-")[2]:
         return
     tensors = load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    for row, key in enumerate(json.loads(header["__metadata__"][KEYS])):
+    for row, key in enumerate(_keys_in(BytesIO(data))):
         yield key, {name: tensor[row] for name, tensor in tensors.items()}
+
+
+def _keys_in(piece: IO[bytes]) -> list[str]:
+    """The items that a piece's header names. safetensors' own reader opens a file twice, and between may be its end."""
+    header = json.loads(piece.read(int.from_bytes(piece.read(8), "little")))
+    return json.loads(header["__metadata__"][KEYS])
