@@ -24,6 +24,7 @@ FULL_COPIES = 512             # beyond so many equal items, one is paired with t
 BRUTE_FORCE_HASHES = 3_000
 BRUTE_FORCE_ROWS = 20_000
 BLOCK = 2048                  # rows of a pairwise matrix in memory at once
+FILTER_BLOCK = 256            # the same in the reduced rows, small enough to stay in the processor's cache
 CELLS_OF_A_ROW = 8            # rows are compared where they share a k-means cell; more cells find more pairs
 REDUCED = 64                  # principal directions, in which most pairs are seen to be too far apart
 MANY_CANDIDATES = 0.02        # share of a block's pairs from which on the whole product is cheaper than one by one
@@ -211,14 +212,13 @@ def _filtered_blocks(rows: Rows, reduced: Rows, members: Indices, threshold: flo
     |x - y|^2 = 2 - 2 cosine is no smaller than it is in the reduced rows, so that those part most pairs for an eighth
     of the work and no near pair is lost.
     """
-    half = np.square(reduced).sum(axis=1) / 2
-    for start in range(0, len(members), BLOCK):
-        products = reduced[start:start + BLOCK] @ reduced[start:].T
-        products -= half[start:start + BLOCK, None]
-        products -= half[start:]
-        candidates = products >= threshold - 1 - SLACK
+    half = np.square(reduced).sum(axis=1, keepdims=True) / 2
+    one = np.ones_like(half)
+    left, right = np.hstack([reduced, one, half]), np.hstack([reduced, -half, -one])
+    for start in range(0, len(members), FILTER_BLOCK):
+        candidates = left[start:start + FILTER_BLOCK] @ right[start:].T >= threshold - 1 - SLACK   # -|x - y|^2 / 2
         if np.count_nonzero(candidates) > MANY_CANDIDATES * candidates.size:
-            near = rows[members[start:start + BLOCK]] @ rows[members[start:]].T >= threshold
+            near = rows[members[start:start + FILTER_BLOCK]] @ rows[members[start:]].T >= threshold
             yield _upper(near, start)
             continue
         maybe = _upper(candidates, start)

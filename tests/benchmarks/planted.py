@@ -55,7 +55,7 @@ DEFECTS: dict[str, Callable[[Picture], Picture]] = {
     "bright": lambda image: image.point(lambda value: 243 + value // 22),
     "blur": lambda image: image.filter(ImageFilter.GaussianBlur(10)),
     "low_information": lambda image: Image.new("RGB", SIZE, image.getpixel((9, 9))),
-    "odd_aspect": lambda image: image.resize((960, 180)),
+    "odd_aspect": lambda image: image.resize((1200, 240)),
     "odd_size": lambda image: image.resize((72, 54)),
 }
 TWINS: dict[str, Callable[[Picture], Picture]] = {
