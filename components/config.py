@@ -70,12 +70,39 @@ class DataConfig(Config):
     sources: tuple[DataSource, ...] = Field(min_length=1, description="Read in this order.")
 
 
+class CheckConfig(Config):
+    threshold: float = Field(description="Score from which on a picture stands out.")
+    decision: Literal["flag", "reject"] = Field(default="flag", description="What becomes of such a picture.")
+    model: str | None = Field(
+        default=None,
+        description='Model of a check that needs one: "clip:SOURCE", a folder or owner/name@<40 hex digits>.',
+    )
+    head: str | None = Field(default=None, description="File of linear layers on its features, for aesthetic scores.")
+
+
 class CurationConfig(Config):
+    profile: Literal["auto", "photo", "illustration", "pixel_art", "icon"] = Field(
+        default="auto", description="What the pictures are, which decides the thresholds; auto: as measured."
+    )
+    checks: dict[str, float | CheckConfig] = Field(
+        default={},
+        description="Checks by plug-ins that are made, and thresholds that replace those of the profile, such as"
+        " nsfw = 0.5 or dark = 0.2.",
+    )
     min_side: int | Literal["auto"] = Field(
         default="auto", description="Smallest side in pixels; auto: min(200, training size)."
     )
     max_aspect: float = Field(default=3.0, gt=1, description="Longest side over shortest side.")
     near_duplicates: bool = Field(default=True, description="Keep one of each group of near duplicates.")
+    near_duplicate_embedder: str | None = Field(
+        default=None,
+        description='Features that find near duplicates as well: "imagenet", "dinov2:SOURCE" or "clip:SOURCE".',
+    )
+    cosine_threshold: float | Literal["auto"] = Field(
+        default="auto",
+        description="Cosine of near duplicates' features; auto: 0.95, in drawn sets what sets a picture's nearest"
+        " neighbour apart there.",
+    )
     phash_distance: int = Field(default=6, ge=0, le=64, description="pHash bits in which near duplicates may differ.")
     dhash_distance: int = Field(default=8, ge=0, le=64, description="dHash bits in which near duplicates may differ.")
     colour_distance: float = Field(
@@ -93,9 +120,16 @@ class CurationConfig(Config):
         description='SPDX ids, such as ["CC0-1.0", "CC-BY-4.0"]: pictures under another licence or none are rejected.',
     )
 
+    def judged(self) -> dict[str, CheckConfig]:
+        """`checks`, a plain number as the threshold of a flag."""
+        return {name: CheckConfig(threshold=said) if isinstance(said, float | int) else said
+                for name, said in self.checks.items()}
+
     def settings(self) -> dict[str, Any]:
         """What a snapshot depends on; a setting that came later only where it is used, so that older keys stay."""
-        return self.model_dump(mode="json", exclude={"licences"} if self.licences is None else None)
+        later = {"licences", "profile", "checks", "near_duplicate_embedder", "cosine_threshold"}
+        unused = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude=unused)
 
 
 class BaseModelConfig(Config):

@@ -22,7 +22,7 @@ from components.workspace import Workspace
 
 Outcome = Literal["reused", "produced", "repaired"]
 
-STAGE_VERSIONS = {"curate": 1, "cache": 1, "fine-tune": 1, "generate": 1, "evaluate": 1, "register": 1, "study": 1}
+STAGE_VERSIONS = {"curate": 2, "cache": 1, "fine-tune": 1, "generate": 1, "evaluate": 1, "register": 1, "study": 1}
 
 
 def canonical_json(value: Any) -> bytes:

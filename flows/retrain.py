@@ -84,6 +84,7 @@ def curate(run_uid: str) -> str:
             scanned=scanned,
             key=key,
             on_progress=_progress(run, "curate"),
+            measure=lambda work: in_the_slot(run, {"stage": "measure", "work": work}),
         ),
     )
     _note_snapshot(run, result.product)
@@ -220,25 +221,27 @@ def register(run_uid: str, evaluation: str) -> str:
 def on_the_gpu(run: OpenRun, stage: str, key: str, request: dict[str, Any]) -> StageResult:
     """A stage of the torch child; the host's one slot is held while it works."""
 
-    def produce() -> Product:
-        product = None
-        body = {"stage": stage, "key": key, "run_uid": run.run_uid, "base": run.recipe.base.model_dump(mode="json")}
-        try:
-            _bring_back(run, "prefect")
-            with concurrency(
-                f"gpu:{socket.gethostname()}", strict=True, lease_duration=60, raise_on_lease_renewal_failure=False
-            ):
-                product = run.ask(body | request)
-                _bring_back(run, "prefect")  # to take the slot back
-        except (TransportError, ConcurrencySlotAcquisitionError) as error:
-            if product is None:
-                raise _prefect_away(error) from error
-        except ServiceUnavailable:
-            if product is None:
-                raise
-        return product  # its work is done; a slot that nobody took back falls free when its lease ends
+    body = {"stage": stage, "key": key, "run_uid": run.run_uid, "base": run.recipe.base.model_dump(mode="json")}
+    return run.stage(stage, key, lambda: in_the_slot(run, body | request))
 
-    return run.stage(stage, key, produce)
+
+def in_the_slot(run: OpenRun, request: dict[str, Any]) -> Product:
+    """What the torch child makes of a request, while the host's one slot is held."""
+    product = None
+    try:
+        _bring_back(run, "prefect")
+        with concurrency(
+            f"gpu:{socket.gethostname()}", strict=True, lease_duration=60, raise_on_lease_renewal_failure=False
+        ):
+            product = run.ask(request)
+            _bring_back(run, "prefect")  # to take the slot back
+    except (TransportError, ConcurrencySlotAcquisitionError) as error:
+        if product is None:
+            raise _prefect_away(error) from error
+    except ServiceUnavailable:
+        if product is None:
+            raise
+    return product  # its work is done; a slot that nobody took back falls free when its lease ends
 
 
 def _bring_back(run: OpenRun, *servers: str) -> None:

@@ -77,3 +77,31 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A tiny CLIP with random weights, an image processor and a byte-level tokenizer, saved as the real ones are."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tower = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": 20,
+            "bos_token_id": vocabulary["<|startoftext|>"],
+            "eos_token_id": vocabulary["<|endoftext|>"],
+        },
+        vision_config={**tower, "image_size": 28, "patch_size": 7},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    return folder

@@ -89,6 +89,15 @@ class ExaminedImage(Base):
     facts: Mapped[dict[str, Any]]
 
 
+class MeasuredItem(Base):
+    """Figures that a measure found in a picture, or in a picture and its caption: little-endian float64."""
+
+    __tablename__ = "measured_item"
+    measure: Mapped[str] = mapped_column(primary_key=True)  # its name and revision
+    item: Mapped[str] = mapped_column(primary_key=True)  # digest of the pixels, with the caption's where it is read
+    figures: Mapped[bytes]
+
+
 class EncodedItem(Base):
     """Where a latent or a prompt embedding lies: row `row` of the safetensors object `shard`."""
 
@@ -145,6 +154,7 @@ class Verdict(Base):
     snapshot_id: Mapped[int] = mapped_column(ForeignKey("snapshot.id", ondelete="CASCADE"), index=True)
     ordinal: Mapped[int]
     check: Mapped[str] = mapped_column(index=True)
+    version: Mapped[str | None]  # of the check; None: written before checks told theirs
     decision: Mapped[str]
     score: Mapped[float | None]
     threshold: Mapped[float | None]

@@ -6,8 +6,8 @@ with score, threshold and a reason.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from math import isqrt
 from typing import Literal
 
@@ -17,7 +17,9 @@ from PIL import Image, ImageFilter, ImageStat
 
 from components.config import CurationConfig
 from components.curation.duplicates import dhash, phash
+from components.curation.looks import Look
 from components.curation.pixels import NOTES, WHITE, UnreadableImage, read_image, rgb_digest
+from components.curation.profiles import PHOTO, PROFILES, Profile, Thresholds, ToldProfile
 
 EXAMINE_VERSION = 2
 REDUCED_SIDE = 256            # px; hashes and figures of a larger image are read off a copy with sides of at least this
@@ -26,12 +28,12 @@ EDGE_SIDE = 64                # px, of the second look at sharpness
 PERCEIVED = np.array([0.241, 0.691, 0.068])   # of squared R, G, B in brightness, as cleanlab/cleanvision has it
 USUAL_MIN_SIDE = 200          # px, DataComp's filter; a base that trains on smaller pictures lowers it
 DRAWN_ENTROPY = 6.0           # bits; photographs have 7 to 9.5, flat drawings and icons 1 to 5
-BLUR_SHARE = 0.02             # of a set of photographs, the least sharp, is flagged
-OUTLIER_Z = 3.5               # robust standard deviations from the set's median brightness
+FLAT = 5.0                    # of 255, contrast below which nothing can be told about sharpness
 IDENTICAL_CAPTIONS = 0.2      # share of captions that repeat another one, above which the set is flagged
 MIN_SET = 50                  # images; below, nothing is said about an image's place in the set
-
-Profile = Literal["photo", "drawing"]
+LOOKED_AT = 64                # pictures of a drawn set that tell its kind
+ICON_SIDE, ICON_ASPECT = 256, 1.1          # px and ratio up to which a drawing is an icon
+PIXEL_ART_SIDE, PIXEL_ART_COLOURS = 128, 32   # up to which it is pixel art of its own size; icons' soft edges have more
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class CheckRules:
     min_caption_words: int
     count_tokens: Callable[[str], int] | None = None   # by the training tokenizer; None: tokens are not counted
     max_tokens: int = 77
-    profile: Profile = "photo"                 # drawings are flat, bright and smooth on purpose
+    thresholds: Thresholds = PHOTO             # of the set's profile
     licences: tuple[str, ...] | None = None    # SPDX ids that are allowed; None: any, or none stated
 
 
@@ -79,31 +81,39 @@ class Verdict:
     threshold: float | None
     decision: Literal["keep", "reject", "flag"]
     reason: str                                # one sentence, also for what is kept
+    version: str = "1"                         # of the rule, or the revision of the model that gave the score
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One rule. It fails when the score is below (or above) the threshold; `says` is filled with both."""
+    """One rule. It fails when the score is below (or above) the threshold; `says` is filled with both.
+
+    Without a threshold it is not applied.
+    """
 
     name: str
     version: int
     decision: Literal["reject", "flag"]
     fails: Literal["below", "above"]
-    threshold: Callable[[CheckRules], float]
+    threshold: Callable[[CheckRules], float | None]
     score: Callable[[ImageFacts, str, CheckRules], float]
     says: str
-    profiles: tuple[Profile, ...] = ("photo", "drawing")
 
-    def __call__(self, facts: ImageFacts, caption: str, rules: CheckRules) -> Verdict:
-        score, threshold = float(self.score(facts, caption, rules)), float(self.threshold(rules))
+    def __call__(self, facts: ImageFacts, caption: str, rules: CheckRules) -> Verdict | None:
+        limit = self.threshold(rules)
+        if limit is None:
+            return None
+        score, threshold = float(self.score(facts, caption, rules)), float(limit)
         failed = score < threshold if self.fails == "below" else score > threshold
         said = self.says.format(score=score, threshold=threshold, facts=facts, notes=_said_of(facts))
-        return Verdict(self.name, score, threshold, self.decision if failed else "keep", said)
+        return Verdict(self.name, score, threshold, self.decision if failed else "keep", said, str(self.version))
 
 
 def noted(*notes: str) -> Callable[[ImageFacts, str, CheckRules], float]:
     return lambda facts, caption, rules: sum(note in facts.notes for note in notes)
 
+
+THRESHOLDS = frozenset(f.name for f in fields(Thresholds))   # checks whose threshold a recipe can name
 
 CHECKS: tuple[Check, ...] = (
     Check("tiny", 1, "reject", "below", lambda rules: rules.min_side,
@@ -115,15 +125,18 @@ CHECKS: tuple[Check, ...] = (
     Check("small", 1, "flag", "below", lambda rules: rules.training_size,
           lambda facts, caption, rules: min(facts.width, facts.height),
           "The shorter side has {score:.0f} px, training uses {threshold:.0f}: smaller ones are scaled up."),
-    Check("upscaled", 1, "flag", "above", lambda rules: 1.3,
+    Check("upscaled", 1, "flag", "above", lambda rules: rules.thresholds.upscaled,
           lambda facts, caption, rules: rules.training_size / min(facts.width, facts.height),
           "Training scales it up {score:.2f} times, above {threshold:g} detail is missing."),
-    Check("dark", 1, "flag", "below", lambda rules: 0.32, lambda facts, caption, rules: facts.brightness[4],
-          "Its brightest parts have brightness {score:.2f}, below {threshold:g} it is dark.", ("photo",)),
-    Check("bright", 1, "flag", "above", lambda rules: 0.95, lambda facts, caption, rules: facts.brightness[1],
-          "Its darkest parts have brightness {score:.2f}, above {threshold:g} it is washed out.", ("photo",)),
-    Check("low_information", 1, "flag", "below", lambda rules: 3.0, lambda facts, caption, rules: facts.entropy,
-          "Its colours hold {score:.2f} bits, below {threshold:g} there is little to see.", ("photo",)),
+    Check("dark", 1, "flag", "below", lambda rules: rules.thresholds.dark,
+          lambda facts, caption, rules: facts.brightness[4],
+          "Its brightest parts have brightness {score:.2f}, below {threshold:g} it is dark."),
+    Check("bright", 1, "flag", "above", lambda rules: rules.thresholds.bright,
+          lambda facts, caption, rules: facts.brightness[1],
+          "Its darkest parts have brightness {score:.2f}, above {threshold:g} it is washed out."),
+    Check("low_information", 1, "flag", "below", lambda rules: rules.thresholds.low_information,
+          lambda facts, caption, rules: facts.entropy,
+          "Its colours hold {score:.2f} bits, below {threshold:g} there is little to see."),
     Check("frames", 1, "flag", "above", lambda rules: 0, noted("animated", "multipage"), "{notes}"),
     Check("colours", 1, "flag", "above", lambda rules: 0, noted("cmyk", "16bit", "profile_ignored"), "{notes}"),
     Check("metadata", 1, "flag", "above", lambda rules: 0, noted("gps", "metadata_damaged"), "{notes}"),
@@ -141,11 +154,12 @@ CHECKS: tuple[Check, ...] = (
 
 def check_rules(config: CurationConfig, training_size: int, *, count_tokens: Callable[[str], int] | None = None,
                 max_tokens: int = 77, profile: Profile = "photo") -> CheckRules:
-    """The recipe's rules for a base that trains at `training_size` px."""
+    """The recipe's rules for a base that trains at `training_size` px; thresholds it names go before its profile's."""
+    own = {name: check.threshold for name, check in config.judged().items() if name in THRESHOLDS}
     min_side = min(USUAL_MIN_SIDE, training_size) if config.min_side == "auto" else config.min_side
-    return CheckRules(training_size=training_size, min_side=min_side, max_aspect=config.max_aspect, profile=profile,
-                      min_caption_words=config.min_caption_words, count_tokens=count_tokens, max_tokens=max_tokens,
-                      licences=config.licences)
+    return CheckRules(training_size=training_size, min_side=min_side, max_aspect=config.max_aspect,
+                      thresholds=replace(PROFILES[profile], **own), min_caption_words=config.min_caption_words,
+                      count_tokens=count_tokens, max_tokens=max_tokens, licences=config.licences)
 
 
 def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts | Unreadable:
@@ -173,7 +187,7 @@ def judge(facts: ImageFacts | Unreadable, caption: str, rules: CheckRules) -> li
     """Every check's verdict on one image and its caption, passed ones too. An unreadable file has this one only."""
     if isinstance(facts, Unreadable):
         return [Verdict("unreadable", None, None, "reject", f"It cannot be opened: {facts.reason}.")]
-    return [check(facts, caption, rules) for check in CHECKS if rules.profile in check.profiles]
+    return [verdict for check in CHECKS if (verdict := check(facts, caption, rules)) is not None]
 
 
 def judge_licence(licence: str | None, rules: CheckRules) -> Verdict | None:
@@ -184,23 +198,26 @@ def judge_licence(licence: str | None, rules: CheckRules) -> Verdict | None:
     return Verdict("licence", None, None, "reject", f"{found}; the recipe allows {', '.join(rules.licences)}.")
 
 
-def judge_set(facts: Sequence[ImageFacts], profile: Profile) -> list[list[Verdict]]:
+def judge_set(facts: Sequence[ImageFacts], thresholds: Thresholds) -> list[list[Verdict]]:
     """Flags for images that stand out from their own set, one list per image; empty below 50 images.
 
-    Brightness far from the set's median (robust z, in sets of any kind), and in photographs the 2 % least sharp ones.
+    Brightness far from the set's median (robust z, in sets of any kind), and in photographs sharpness far below it.
     """
     verdicts: list[list[Verdict]] = [[] for _ in facts]
     if len(facts) < MIN_SET:
         return verdicts
-    z = robust_z(np.array([f.brightness[2] for f in facts]))
-    for i in np.flatnonzero(np.abs(z) > OUTLIER_Z).tolist():
-        verdicts[i].append(Verdict("unusual_brightness", float(z[i]), OUTLIER_Z, "flag",
+    z, limit = robust_z(np.array([f.brightness[2] for f in facts])), thresholds.unusual_brightness
+    for i in np.flatnonzero(np.abs(z) > limit).tolist():
+        verdicts[i].append(Verdict("unusual_brightness", float(z[i]), limit, "flag",
                                    f"Its brightness is {z[i]:+.1f} deviations from this set's median."))
-    if profile == "photo":
-        share = np.maximum(_percentile_ranks([f.sharpness for f in facts]), _percentile_ranks([f.edges for f in facts]))
-        for i in np.flatnonzero(share < BLUR_SHARE).tolist():
-            verdicts[i].append(Verdict("blur", float(share[i]), BLUR_SHARE, "flag",
-                                       f"It is among the {BLUR_SHARE:.0%} least sharp images of this set."))
+    if thresholds.blur is not None:
+        sharp = np.array([_relative_sharpness(f) for f in facts])
+        shown = np.flatnonzero(~np.isnan(sharp))
+        z = robust_z(sharp[shown]) if len(shown) else sharp
+        for i, score in zip(shown.tolist(), z.tolist(), strict=True):
+            if score < thresholds.blur:
+                verdicts[i].append(Verdict("blur", score, thresholds.blur, "flag",
+                                           f"Its sharpness is {score:+.1f} deviations from this set's median."))
     return verdicts
 
 
@@ -212,11 +229,43 @@ def judge_captions(captions: Sequence[str]) -> Verdict:
                    f"{share:.0%} of the captions are shared by several images.")
 
 
-def profile_of(facts: Sequence[ImageFacts]) -> Profile:
-    """What the set is made of, by the median entropy of its colours: thresholds for photographs misjudge drawings."""
-    if not facts:
-        return "photo"
-    return "drawing" if float(np.median([f.entropy for f in facts])) < DRAWN_ENTROPY else "photo"
+def is_drawn(facts: Sequence[ImageFacts]) -> bool:
+    """Whether the set is drawn, by the median entropy of its colours: thresholds for photographs misjudge drawings."""
+    return bool(facts) and float(np.median([f.entropy for f in facts])) < DRAWN_ENTROPY
+
+
+def looked_at(facts: Sequence[ImageFacts]) -> list[ImageFacts]:
+    """The pictures whose look tells which kind of drawings a set has: drawn ones of the lowest digests, none twice."""
+    if not is_drawn(facts):
+        return []
+    distinct = {f.rgb_digest: f for f in facts if f.entropy < DRAWN_ENTROPY}
+    return [distinct[digest] for digest in sorted(distinct)[:LOOKED_AT]]
+
+
+def tell_profile(facts: Sequence[ImageFacts], looks: Mapping[str, Look]) -> ToldProfile:
+    """What a set is made of. `looks` holds the look of each picture of `looked_at(facts)`, by the pixels' digest."""
+    seen = looked_at(facts)
+    if not seen:
+        share = float(np.mean([f.entropy >= DRAWN_ENTROPY for f in facts])) if facts else 0.0
+        return ToldProfile("photo", share, f"{share:.0%} of the pictures have the colours of photographs.")
+    drawn = float(np.mean([f.entropy < DRAWN_ENTROPY for f in facts]))
+    [(profile, votes)] = Counter(_drawn_kind(f, looks[f.rgb_digest]) for f in seen).most_common(1)
+    why = f"{drawn:.0%} of the pictures are drawn; of {len(seen)} looked at {votes} {_LOOK_LIKE[profile]}."
+    return ToldProfile(profile, drawn * votes / len(seen), why)
+
+
+def _drawn_kind(facts: ImageFacts, look: Look) -> Profile:
+    longer, shorter = max(facts.width, facts.height), min(facts.width, facts.height)
+    if look.grid > 1 or (look.colours <= PIXEL_ART_COLOURS and longer <= PIXEL_ART_SIDE):
+        return "pixel_art"
+    return "icon" if longer <= ICON_SIDE and longer <= ICON_ASPECT * shorter else "illustration"
+
+
+_LOOK_LIKE: Mapping[Profile, str] = {
+    "pixel_art": "have a grid of pixels or few colours",
+    "icon": "are small and square",
+    "illustration": "are larger or oblong",
+}
 
 
 def robust_z(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -224,6 +273,12 @@ def robust_z(values: NDArray[np.float64]) -> NDArray[np.float64]:
     deviation = values - np.median(values)
     spread = 1.4826 * np.median(np.abs(deviation))
     return deviation / spread if spread > 0 else np.zeros_like(deviation)
+
+
+def _relative_sharpness(facts: ImageFacts) -> float:
+    """Logarithm of the sharpness that contrast does not explain; NaN where there is too little contrast to tell."""
+    contrast = 255 * (facts.brightness[3] - facts.brightness[1])
+    return float(np.log(max(facts.sharpness, 1e-6) / contrast**2)) if contrast > FLAT else float("nan")
 
 
 def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -246,12 +301,6 @@ def _within(image: Image.Image, side: int) -> Image.Image:
     scaled = image.copy()
     scaled.thumbnail((side, side), Image.Resampling.BOX)
     return scaled
-
-
-def _percentile_ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    """Share of the set that is lower, (n,)."""
-    ordered = np.sort(values)
-    return np.searchsorted(ordered, values, side="left") / len(values)
 
 
 def _said_of(facts: ImageFacts) -> str:

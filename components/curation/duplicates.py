@@ -67,11 +67,12 @@ def says_something(hashes: Hashes) -> NDArray[np.bool_]:
 
 
 def near_duplicates(phashes: ArrayLike, dhashes: ArrayLike, mean_colours: ArrayLike, *, phash_distance: int,
-                    dhash_distance: int, colour_distance: float) -> Pairs:
+                    dhash_distance: int, colour_distance: float, brightness_gain: float = 1.0) -> Pairs:
     """Pairs (i, j), i < j, that agree in pHash and dHash and have close mean colours, ascending.
 
     phashes, dhashes (n,); mean_colours (n, 3) of RGB in 0 to 255, compared by Euclidean distance: an icon in red is no
-    duplicate of the same icon in blue. Flat pictures, whose hashes say nothing, pair with none. From a million images
+    duplicate of the same icon in blue. One may be brighter by `brightness_gain`, a factor, before colours are compared.
+    Flat pictures, whose hashes say nothing, pair with none. From a million images
     on at most 4 bits of pHash may differ.
     """
     p, d = np.asarray(phashes, dtype=np.uint64).reshape(-1), np.asarray(dhashes, dtype=np.uint64).reshape(-1)
@@ -83,7 +84,7 @@ def near_duplicates(phashes: ArrayLike, dhashes: ArrayLike, mean_colours: ArrayL
     alike = hamming_pairs(both[:, 0], phash_distance)
     alike = alike[np.bitwise_count(both[alike[:, 0], 1] ^ both[alike[:, 1], 1]) <= dhash_distance]
     pairs = kept[expand_copies(alike, group.reshape(-1))]
-    apart = np.linalg.norm(colours[pairs[:, 0]] - colours[pairs[:, 1]], axis=1)
+    apart = _colours_apart(colours[pairs[:, 0]], colours[pairs[:, 1]], brightness_gain)
     return pairs[apart <= colour_distance]
 
 
@@ -125,6 +126,13 @@ def duplicate_groups(n: int, pairs: Pairs) -> list[Group]:
         if len(members) > 1:
             groups.append(Group(tuple(sorted(members)), seed, int(sizes[component[seed]])))
     return sorted(groups, key=lambda group: group.members)
+
+
+def _colours_apart(a: NDArray[np.float64], b: NDArray[np.float64], gain: float) -> NDArray[np.float64]:
+    """Distances of colours (n, 3) after a gain of at most this factor, half of it on either side, (n,)."""
+    length = [np.maximum(np.linalg.norm(colour, axis=1, keepdims=True), 1e-9) for colour in (a, b)]
+    half = np.sqrt(np.clip(length[0] / length[1], 1 / gain, gain))
+    return np.linalg.norm(a / half - b * half, axis=1)
 
 
 def _brightness(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:

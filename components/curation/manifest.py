@@ -47,7 +47,7 @@ OPTIONAL_FIELDS = (  # only in the manifest of a set where a row has one
 )
 SKIPPED_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("source", "file_name", "reason")])
 VERDICT_SCHEMA = pa.schema(
-    [pa.field(name, pa.string(), nullable=False) for name in ("file_name", "check", "decision")]
+    [pa.field(name, pa.string(), nullable=False) for name in ("file_name", "check", "version", "decision")]
     + [pa.field("sha256", pa.string()), pa.field("score", pa.float64()), pa.field("threshold", pa.float64())]
     + [pa.field("reason", pa.string(), nullable=False)]
 )

@@ -1,19 +1,17 @@
 """What is left out and why: every check's verdicts, then of pictures that are alike the best one stays."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from components.config import CurationConfig
 from components.curation.checks import (
     CheckRules,
     ImageFacts,
-    Profile,
     Verdict,
     judge,
     judge_captions,
@@ -22,13 +20,12 @@ from components.curation.checks import (
 )
 from components.curation.duplicates import duplicate_groups, near_duplicates
 from components.curation.examining import Facts
-from components.curation.pixels import decode
+from components.curation.judging import Subject
+from components.curation.looks import Look, alike, looks_of
+from components.curation.profiles import Thresholds
 from components.curation.scanning import ScannedFile
 from components.curation.splits import Pair
-from components.storage import Store
-
-SAME_DRAWING = 0.98  # correlation of two 16 x 16 copies: recoded and rescaled drawings reach 0.99
-DRAWING_SIDE = 16
+from components.stages import Bench
 
 
 @dataclass(slots=True)
@@ -52,6 +49,13 @@ class Batch:
         assert isinstance(facts, ImageFacts)
         return facts
 
+    def subject(self, i: int) -> Subject:
+        return Subject(self.image(i).rgb_digest, str(self.files[i].sha256), self.files[i].item.caption)
+
+    def looks(self, bench: Bench, indices: Iterable[int]) -> dict[str, Look]:
+        """The looks of these pictures by the digest of their pixels; those not seen before are decoded once more."""
+        return looks_of(bench, {self.image(i).rgb_digest: str(self.files[i].sha256) for i in indices})
+
     def name(self, i: int) -> str:
         return self.files[i].item.file_name
 
@@ -59,7 +63,7 @@ class Batch:
         """Every check on every file, then the flags that compare a file with its set."""
         self.verdicts = [judge_file(file, facts, rules) for file, facts in zip(self.files, self.facts, strict=True)]
         kept = self.kept
-        for i, flags in zip(kept, judge_set([self.image(i) for i in kept], rules.profile), strict=True):
+        for i, flags in zip(kept, judge_set([self.image(i) for i in kept], rules.thresholds), strict=True):
             self.verdicts[i] += flags
         self.caption_verdict = judge_captions([self.files[i].item.caption for i in kept])
 
@@ -122,9 +126,9 @@ def judge_file(file: ScannedFile, facts: Facts | None, rules: CheckRules) -> lis
     return verdicts
 
 
-def near_pairs(store: Store, batch: Batch, indices: Sequence[int], curation: CurationConfig,
-                profile: Profile) -> list[Pair]:
-    """Near duplicates as positions in `indices`.
+def near_pairs(bench: Bench, batch: Batch, indices: Sequence[int], curation: CurationConfig,
+               thresholds: Thresholds) -> list[Pair]:
+    """Near duplicates by their hashes, as positions in `indices`.
 
     Drawings in one style share grounds and borders, hence hashes; there a pair must also agree pixel by pixel.
     """
@@ -132,26 +136,13 @@ def near_pairs(store: Store, batch: Batch, indices: Sequence[int], curation: Cur
     pairs = near_duplicates(
         [f.phash for f in facts], [f.dhash for f in facts], [f.mean_colour for f in facts],
         phash_distance=curation.phash_distance, dhash_distance=curation.dhash_distance,
-        colour_distance=curation.colour_distance)
+        colour_distance=curation.colour_distance, brightness_gain=thresholds.brightness_gain)
     found: list[Pair] = [(int(i), int(j)) for i, j in pairs]
-    if profile == "photo":
+    if thresholds.same_picture is None:
         return found
-    copies: dict[str, NDArray[np.float64]] = {}
-
-    def copy_of(position: int) -> NDArray[np.float64]:
-        digest = facts[position].rgb_digest
-        if digest not in copies:
-            copies[digest] = _standardised(store.read(str(batch.files[indices[position]].sha256)))
-        return copies[digest]
-
-    return [(i, j) for i, j in found if float((copy_of(i) * copy_of(j)).mean()) >= SAME_DRAWING]
-
-
-def _standardised(data: bytes) -> NDArray[np.float64]:
-    """A reduced brightness copy, mean 0 and deviation 1: the mean product of two is their correlation."""
-    reduced = decode(data).convert("L").resize((DRAWING_SIDE, DRAWING_SIDE), Image.Resampling.BOX)
-    pixels = np.asarray(reduced, dtype=np.float64)
-    return (pixels - pixels.mean()) / max(float(pixels.std()), 1e-9)
+    looks = batch.looks(bench, [indices[position] for position in sorted({p for pair in found for p in pair})])
+    return [(i, j) for i, j in found
+            if alike(looks[facts[i].rgb_digest], looks[facts[j].rgb_digest]) >= thresholds.same_picture]
 
 
 def _as_pairs(pairs: Sequence[Pair]) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from components.catalog import datasets
 from components.catalog.models import Snapshot, SnapshotItem
 from components.catalog.models import Verdict as VerdictRow
 from components.config import CurationConfig, DataConfig
-from components.curation.checks import EXAMINE_VERSION, ImageFacts, Profile, check_rules, profile_of
+from components.curation.checks import EXAMINE_VERSION, ImageFacts, check_rules, looked_at, tell_profile
 from components.curation.examining import OnProgress, examine_files, read_masks
+from components.curation.features import embedded, feature_pairs, judge_features, near_cosine
+from components.curation.judging import Measure, judge_by_models, no_models, revisions_of
 from components.curation.manifest import (
     MANIFEST_SCHEMA,
     OPTIONAL_FIELDS,
@@ -23,13 +25,15 @@ from components.curation.manifest import (
     SampleRow,
     parquet,
 )
+from components.curation.profiles import Thresholds, ToldProfile
 from components.curation.scanning import Scan, scan
 from components.curation.sifting import Batch, near_pairs
 from components.curation.sources import SourceReading
-from components.curation.splits import Member, assign_splits, component_name, join_components, prove_disjoint
+from components.curation.splits import Member, Pair, assign_splits, component_name, join_components, prove_disjoint
 from components.errors import BadInput
+from components.evaluation.model_sources import feature_key
 from components.stages import Bench, Product, stage_key
-from components.storage import ObjectRef, Store
+from components.storage import ObjectRef
 
 
 def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
@@ -41,13 +45,21 @@ def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, data
     found = scan(bench, data, verify=verify)
     config = curation.settings() | {
         "dataset": dataset, "training_size": training_size, "tokenizer": tokenizer, "examine": EXAMINE_VERSION}
-    return stage_key("curate", inputs={"sources": found.digest}, config=config), found
+    return stage_key("curate", inputs={"sources": found.digest} | _models(curation), config=config), found
+
+
+def _models(curation: CurationConfig) -> dict[str, str]:
+    """The revisions of the models that look at the pictures, where the recipe asks any."""
+    embedder = curation.near_duplicate_embedder
+    return revisions_of(curation) | ({"near_duplicate_embedder": feature_key(embedder)} if embedder else {})
 
 
 def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
            count_tokens: Callable[[str], int] | None = None, on_progress: OnProgress = lambda done, total: None,
-           scanned: Scan | None = None, key: str = "") -> Product:
+           scanned: Scan | None = None, key: str = "", measure: Measure = no_models) -> Product:
     """Check, deduplicate and split the sources' pictures; store what is readable and write down every verdict.
+
+    `measure` has models look at pictures, where the recipe asks for that.
 
     The manifest's bytes depend on the files, the configuration and the dataset's earlier splits alone. `facts` says how
     many images were really decoded. Raises BadInput when nothing is left, when `strict` meets a reject, and when the
@@ -57,11 +69,14 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     examined, decoded = examine_files(bench, found.files, on_progress)
     files, masks = read_masks(bench.store, found.files, examined)
     batch = Batch(files, [examined.get(file.sha256) if file.sha256 else None for file in files])
-    profile = profile_of([facts for facts in batch.facts if isinstance(facts, ImageFacts)])
-    batch.judge(check_rules(curation, training_size, count_tokens=count_tokens, profile=profile))
+    told = _profile(bench, batch, curation)
+    rules = check_rules(curation, training_size, count_tokens=count_tokens, profile=told.profile)
+    batch.judge(rules)
+    _judge_by_models(bench, batch, curation, measure)
 
     usable = batch.kept  # fit for training; duplicates among them still hold components together
-    pairs = near_pairs(bench.store, batch, usable, curation, profile)
+    seen = _seen_pairs(bench, batch, usable, curation, told, rules.thresholds, measure)
+    pairs = sorted({*near_pairs(bench, batch, usable, curation, rules.thresholds), *seen.pairs})
     members = [_member(batch, i) for i in usable]
     components = join_components(members, pairs)
     splits = assign_splits(members, components, test_fraction=curation.test_fraction, salt=curation.split_salt,
@@ -73,7 +88,8 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
         raise BadInput(f"no picture is left of {len(found.files)}: {batch.why_rejected()}; mend the data or the limits")
     if curation.strict and (first := batch.first_reject()):
         raise BadInput(f"{first}; mend or remove the file, or set curation.strict=false")
-    _prove_disjoint(bench.store, batch, dict(zip(usable, splits, strict=True)), curation, profile)
+    _prove_disjoint(bench, batch, dict(zip(usable, splits, strict=True)), curation, rules.thresholds,
+                    [(usable[i], usable[j]) for i, j in seen.pairs])
 
     names = _component_names(members, components)
     rows = sorted((_sample_row(batch, i, name, side, masks) for i, name, side in zip(usable, names, splits, strict=True)
@@ -83,7 +99,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
         schema = schema.append(optional) if any(getattr(row, optional.name) for row in rows) else schema
     manifest = bench.store.put(parquet([asdict(row) for row in rows], schema))
     verdicts = bench.store.put(parquet(batch.verdict_rows(), VERDICT_SCHEMA))
-    profile_facts = _describe(batch, rows, curation, profile) | _describe_sources(found.sources)
+    profile_facts = _describe(batch, rows, curation, told, seen.cosine) | _describe_sources(found.sources)
     skipped = [asdict(one) | {"source": source.path} for source in found.sources for one in source.skipped]
     listed = {"skipped": bench.store.put(parquet(skipped, SKIPPED_SCHEMA))} if skipped else {}
     snapshot = _record(bench, batch, rows, manifest, dataset=dataset, key=key, profile=profile_facts)
@@ -92,6 +108,47 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
         "kept": snapshot.kept, "rejected": snapshot.rejected, "train": profile_facts["splits"].get("train", 0),
         "test": profile_facts["splits"].get("test", 0), "examined": decoded, "hashed": found.hashed}
     return Product({"manifest": manifest, "verdicts": verdicts, **listed}, facts, items=len(found.files))
+
+
+# what the pictures are, and what models say of them -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SeenPairs:
+    """Near duplicates by features, as positions among the usable pictures; none without an embedder."""
+
+    pairs: list[Pair]
+    cosine: float | None  # from which on features are near
+
+
+def _profile(bench: Bench, batch: Batch, curation: CurationConfig) -> ToldProfile:
+    if curation.profile != "auto":
+        return ToldProfile(curation.profile, 1.0, "The recipe says so.")
+    readable = {i: facts for i, facts in enumerate(batch.facts) if isinstance(facts, ImageFacts)}
+    wanted = {facts.rgb_digest for facts in looked_at(list(readable.values()))}
+    looks = batch.looks(bench, [i for i, facts in readable.items() if facts.rgb_digest in wanted])
+    return tell_profile(list(readable.values()), looks)
+
+
+def _judge_by_models(bench: Bench, batch: Batch, curation: CurationConfig, measure: Measure) -> None:
+    """What plug-ins flag or reject among the pictures that every other check keeps."""
+    kept = batch.kept
+    said = judge_by_models(bench, curation, [batch.subject(i) for i in kept], measure)
+    for i, verdicts in zip(kept, said, strict=True):
+        batch.verdicts[i] += [verdict for verdict in verdicts if verdict.decision != "keep"]
+
+
+def _seen_pairs(bench: Bench, batch: Batch, usable: Sequence[int], curation: CurationConfig, told: ToldProfile,
+                thresholds: Thresholds, measure: Measure) -> SeenPairs:
+    """Near duplicates by features, and a flag on pictures that are unlike all others, where the recipe asks."""
+    if curation.near_duplicate_embedder is None or not usable:
+        return SeenPairs([], None)
+    features = embedded(bench, curation, [batch.subject(i) for i in usable], measure)
+    for i, verdict in zip(usable, judge_features(features, thresholds), strict=True):
+        if verdict is not None:
+            batch.verdicts[i].append(verdict)
+    cosine = near_cosine(curation, features, told.profile)
+    return SeenPairs(feature_pairs(features, cosine), cosine)
 
 
 # splitting ----------------------------------------------------------------------------------------------------------
@@ -127,11 +184,13 @@ def _component_names(members: Sequence[Member], components: Sequence[int]) -> li
     return [names[component] for component in components]
 
 
-def _prove_disjoint(store: Store, batch: Batch, splits: Mapping[int, str], curation: CurationConfig,
-                    profile: Profile) -> None:
-    """Look for near duplicates once more, among what is kept: not one pair may cross the split."""
+def _prove_disjoint(bench: Bench, batch: Batch, splits: Mapping[int, str], curation: CurationConfig,
+                    thresholds: Thresholds, seen: Sequence[Pair]) -> None:
+    """Look for near duplicates once more, among what is kept: not one pair may cross the split, nor one of `seen`."""
     kept = batch.kept
-    pairs = near_pairs(store, batch, kept, curation, profile)
+    place = {i: position for position, i in enumerate(kept)}
+    pairs = near_pairs(bench, batch, kept, curation, thresholds)
+    pairs += [(place[i], place[j]) for i, j in seen if i in place and j in place]
     prove_disjoint([_member(batch, i) for i in kept], [splits[i] for i in kept], pairs)
 
 
@@ -149,14 +208,17 @@ def _sample_row(batch: Batch, i: int, component: str, split: str, masks: Mapping
         is_reg=item.is_reg)
 
 
-def _describe(batch: Batch, rows: Sequence[SampleRow], curation: CurationConfig, profile: Profile) -> dict[str, Any]:
+def _describe(batch: Batch, rows: Sequence[SampleRow], curation: CurationConfig, told: ToldProfile,
+              cosine: float | None) -> dict[str, Any]:
     """The snapshot's profile: what the dashboard and the dataset card say of the set."""
     def counts(values: Iterable[object]) -> dict[str, int]:
         return {str(value): number for value, number in Counter(values).most_common()}
 
     words = [len(row.text.split()) for row in rows]
     return {
-        "kind": profile,
+        "kind": told.profile,
+        "kind_share": round(told.share, 4),
+        "kind_why": told.why,
         "splits": counts(row.split for row in rows),
         "licences": counts(row.licence or "not stated" for row in rows),
         "authors": counts(row.author or "not stated" for row in rows),
@@ -170,7 +232,7 @@ def _describe(batch: Batch, rows: Sequence[SampleRow], curation: CurationConfig,
         "flags": counts(v.check for verdicts in batch.verdicts for v in verdicts if v.decision == "flag"),
         "repeats": counts(row.repeats for row in rows),
         "lots": _lots(curation),
-    }
+    } | ({"near_cosine": round(cosine, 6)} if cosine is not None else {})
 
 
 def _describe_sources(sources: Sequence[SourceReading]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ through transformers. A new one is a function in EMBEDDERS.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,17 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from components.errors import BadInput, DamagedArtifact
+from components.evaluation.model_sources import IMAGENET_WEIGHTS_SHA256, PREPARATION, kind_and_source, locate
 
 MICRO_BATCH = 8     # images per forward pass, always this many: an image's bits must not depend on its neighbours
-AUTO = "imagenet"   # what "auto" means
 
-IMAGENET_WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 IMAGENET_SIDE = 224
 IMAGENET_MEAN, IMAGENET_STD = 127.0, 128.0   # EfficientNet-Lite's own; tensorflow, efficientnet_lite_builder.py
 IMAGENET_FEATURES = 1280
-PREPARATION = "p1"                           # part of the revision: bump when an image reaches the network differently
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*@[0-9a-f]{40}")
 
 
 class Embedder(Protocol):
@@ -98,7 +93,7 @@ class TransformersEmbedder:
     def __init__(self, source: str, device: str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModel
 
-        where, revision, self.revision = _locate(source)
+        where, revision, self.revision = locate(source)
         options: dict[str, Any] = {"revision": revision} if revision else {}
         try:
             # Without torchvision this backend is the one that loads; with it, results would depend on its presence.
@@ -148,7 +143,7 @@ class ClipEmbedder(TransformersEmbedder):
         super().__init__(source, device)
         from transformers import AutoTokenizer
 
-        where, revision, _ = _locate(source)
+        where, revision, _ = locate(source)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(where, **({"revision": revision} if revision else {}))
 
     def texts(self, prompts: Sequence[str]) -> NDArray[np.float32]:
@@ -183,10 +178,7 @@ def load_embedder(name: str = "auto", *, device: str = "cpu") -> Embedder:
 
     SOURCE is a folder or "owner/name@<40 hex digits>". Raises BadInput for an unknown name and for a missing source.
     """
-    kind, _, source = (AUTO if name == "auto" else name).partition(":")
-    if kind not in EMBEDDERS or (kind == AUTO) == bool(source):
-        raise BadInput(f'evaluation.embedder is {name!r}: expected "auto", "imagenet", "dinov2:SOURCE" or '
-                       '"clip:SOURCE", with a folder or owner/name@<40 hex digits> as SOURCE')
+    kind, source = kind_and_source(name)
     return EMBEDDERS[kind](source, device)
 
 
@@ -214,20 +206,3 @@ def _fold_norms(network: nn.Module) -> None:
             if hasattr(module, conv):
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
                 setattr(module, norm, nn.Identity())
-
-
-def _locate(source: str) -> tuple[str, str | None, str]:
-    """What to load, the hub revision if any, and the revision for cache keys."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise BadInput(f"{folder}: holds no *.safetensors; save the embedder there with save_pretrained")
-        digest = hashlib.sha256()
-        for path in [*weights, *(p for p in sorted(folder.glob("*.json")) if p.name != "tokenizer.json")]:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return str(folder), None, f"{digest.hexdigest()}-{PREPARATION}"
-    if HUB_ID.fullmatch(source):
-        where, _, revision = source.partition("@")
-        return where, revision, f"{revision}-{PREPARATION}"
-    raise BadInput(f"{source!r} is no folder; for a hub model write owner/name@<40 hex digits of a commit>")

@@ -211,6 +211,13 @@ def _export(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     return Product({}, {"files": files, "skipped": exported.skipped})
 
 
+def _measure(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.curation.judges.measuring import measure
+    from components.tensors import default_device
+
+    return Product({}, items=measure(bench, request["work"], default_device(), _progress(emit)))
+
+
 STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
     "cache": _cache,
     "fine-tune": _fine_tune,
@@ -219,6 +226,7 @@ STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
     "import": _import,
     "export": _export,
     "study": _study,
+    "measure": _measure,
 }
 
 if __name__ == "__main__":

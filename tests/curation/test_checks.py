@@ -2,12 +2,13 @@
 
 import io
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from components.config import CurationConfig
 from components.curation.checks import (
@@ -21,9 +22,11 @@ from components.curation.checks import (
     judge,
     judge_captions,
     judge_set,
-    profile_of,
+    tell_profile,
 )
 from components.curation.duplicates import dhash, phash
+from components.curation.looks import look_at
+from components.curation.profiles import PHOTO, PROFILES, ToldProfile
 
 RULES = check_rules(CurationConfig(), training_size=512)
 
@@ -152,8 +155,9 @@ def test_dark_bright_and_empty_photographs_are_flagged_but_drawings_may_be_so():
     assert failed(facts_of(dark)) == {"dark": "flag"}
     assert failed(facts_of(bright)) == {"bright": "flag"}
     assert failed(facts_of(plain)) == {"low_information": "flag"}
-    drawing = replace(RULES, profile="drawing")
-    assert [failed(facts_of(image), rules=drawing) for image in (dark, bright, plain)] == [{}, {}, {}]
+    icons = replace(RULES, thresholds=PROFILES["icon"])
+    assert [failed(facts_of(image), rules=icons) for image in (dark, bright)] == [{}, {}]
+    assert failed(facts_of(plain), rules=icons) == {"low_information": "flag"}   # one colour is no drawing either
 
 
 @pytest.mark.parametrize(("note", "check"), [
@@ -199,12 +203,15 @@ def test_a_verdict_says_the_score_and_the_threshold():
 
 # Rules for the whole set
 
-def test_the_least_sharp_photographs_of_a_set_are_flagged_and_drawings_never():
+def test_blurred_photographs_of_a_set_are_flagged_and_neither_dark_flat_nor_drawn_ones():
     facts = [facts_of(photo(seed, size=(80, 80), blur=6 if seed in (3, 40) else 0)) for seed in range(100)]
-    flagged = {i for i, verdicts in enumerate(judge_set(facts, "photo")) for v in verdicts if v.check == "blur"}
+    flagged = {i for i, verdicts in enumerate(judge_set(facts, PHOTO)) for v in verdicts if v.check == "blur"}
     assert flagged == {3, 40}
-    assert not any(v.check == "blur" for verdicts in judge_set(facts, "drawing") for v in verdicts)
-    assert judge_set(facts[:49], "photo") == [[]] * 49
+    flat = facts_of(Image.new("RGB", (80, 80), "grey"))
+    dim = [facts_of(photo(seed, size=(80, 80)).point(lambda value: value // 6)) for seed in range(2)]
+    assert not any(v.check == "blur" for verdicts in judge_set([*facts, flat, *dim], PHOTO)[100:] for v in verdicts)
+    assert not any(v.check == "blur" for verdicts in judge_set(facts, PROFILES["icon"]) for v in verdicts)
+    assert judge_set(facts[:49], PHOTO) == [[]] * 49
 
 
 def test_an_image_far_from_its_sets_brightness_is_flagged():
@@ -212,7 +219,7 @@ def test_an_image_far_from_its_sets_brightness_is_flagged():
     g = np.random.default_rng(0)
     facts = [replace(usual, brightness=(0, 0, value, 1, 1)) for value in (0.5 + 0.02 * g.normal(size=60)).tolist()]
     facts[7] = replace(usual, brightness=(0, 0, 0.9, 1, 1))
-    flagged = [i for i, verdicts in enumerate(judge_set(facts, "drawing")) if verdicts]
+    flagged = [i for i, verdicts in enumerate(judge_set(facts, PROFILES["icon"])) if verdicts]
     assert flagged == [7]
 
 
@@ -223,11 +230,58 @@ def test_the_share_of_identical_captions_is_judged_after_normalising():
     assert judge_captions([]).decision == "keep"
 
 
-def test_photographs_and_drawings_are_told_apart_by_their_colours():
-    icons = []
-    for colour in ("red", "orange", "green"):
-        icon = Image.new("RGB", (64, 64), "white")
-        icon.paste(colour, (10, 10, 50, 50))
-        icons.append(facts_of(icon))
-    assert profile_of(icons) == "drawing"
-    assert profile_of([facts_of(photo(seed, size=(80, 80))) for seed in range(5)]) == "photo"
+# What a set is made of
+
+def sprite(seed: int) -> Image.Image:
+    """Pixel art of its own size: 24 x 24, twelve colours, mirrored."""
+    g = np.random.default_rng(seed)
+    half = g.integers(0, 12, (24, 12))
+    return Image.fromarray(g.integers(0, 256, (12, 3), dtype=np.uint8)[np.hstack([half, half[:, ::-1]])])
+
+
+def icon(seed: int, side: int = 64) -> Image.Image:
+    """A shape with soft edges on a plain ground."""
+    g = np.random.default_rng(seed)
+    large = Image.new("RGB", (side * 4, side * 4), "white")
+    corners = [tuple(corner) for corner in g.integers(0, side * 4, (5, 2)).tolist()]
+    ImageDraw.Draw(large).polygon(corners, fill=tuple(g.integers(0, 200, 3).tolist()))
+    return large.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def told(images: list[Image.Image]) -> ToldProfile:
+    facts = [facts_of(image) for image in images]
+    return tell_profile(facts, {f.rgb_digest: look_at(image) for f, image in zip(facts, images, strict=True)})
+
+
+@pytest.mark.parametrize(("profile", "draw"), [
+    ("photo", lambda seed: photo(seed, size=(80, 80))),
+    ("icon", icon),
+    ("illustration", lambda seed: icon(seed, side=300)),
+    ("illustration", lambda seed: icon(seed).resize((120, 60))),
+    ("pixel_art", sprite),
+    ("pixel_art", lambda seed: sprite(seed).resize((240, 240), Image.Resampling.NEAREST)),
+    ("pixel_art", lambda seed: sprite(seed).resize((168, 168), Image.Resampling.NEAREST).crop((3, 5, 160, 160))),
+])
+def test_what_a_set_is_made_of_is_told_from_its_pictures(profile: str, draw: Callable[[int], Image.Image]):
+    found = told([draw(seed) for seed in range(12)])
+    assert (found.profile, found.share) == (profile, 1.0)
+
+
+def test_a_mixed_set_says_how_many_of_its_pictures_speak_for_the_profile():
+    found = told([icon(seed) for seed in range(6)] + [sprite(seed) for seed in range(2)] + [photo(0, size=(80, 80))])
+    assert found.profile == "icon" and found.share == pytest.approx(8 / 9 * 6 / 8)
+    assert "of 8 looked at 6 are small and square" in found.why
+    assert told([]).share == 0
+
+
+def test_each_profile_has_its_own_thresholds_and_the_recipes_go_before_them():
+    night = replace(good(), brightness=(0, 0, 0.05, 0.1, 0.2))
+    rules = {profile: check_rules(CurationConfig(), 512, profile=profile) for profile in PROFILES}
+    assert [name for name in PROFILES if "dark" in failed(night, rules=rules[name])] == ["photo"]
+    own = check_rules(CurationConfig(checks={"dark": 0.25}), 512, profile="icon")
+    assert failed(night, rules=own) == {"dark": "flag"}
+    assert failed(night, rules=check_rules(CurationConfig(checks={"dark": 0.15}), 512)) == {}
+    small = replace(good(), width=210, height=210)
+    assert [name for name in PROFILES if "upscaled" in failed(small, rules=rules[name])] == [
+        "photo", "illustration", "icon"]
+    assert {verdict.version for verdict in judge(good(), "a cat", RULES)} == {"1"}

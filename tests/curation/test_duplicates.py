@@ -199,6 +199,16 @@ def test_each_rule_alone_can_part_a_pair():
     assert len(near_duplicates(close, close, [[100, 100, 100], [100, 100, 112.1]], **LIMITS)) == 0
 
 
+def test_a_brighter_copy_is_a_duplicate_where_a_gain_is_allowed_and_another_colour_never():
+    word = 0x0F0F0F0F0F0F0F0F
+    colours = [[100, 80, 60], [120, 96, 72], [60, 80, 100]]
+
+    def joined(gain: float) -> list[list[int]]:
+        return near_duplicates([word] * 3, [word] * 3, colours, **LIMITS, brightness_gain=gain).tolist()
+
+    assert joined(1.0) == [] and joined(1.1) == [] and joined(1.15) == joined(1.25) == [[0, 1]]
+
+
 # Groups
 
 def test_a_chain_is_one_component_but_its_unlike_ends_are_not_grouped():

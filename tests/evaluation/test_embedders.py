@@ -21,6 +21,8 @@ from components.evaluation.embedders import (
     load_embedder,
 )
 from components.evaluation.features import cosine_kernel
+from components.evaluation.model_sources import KINDS, feature_key
+from tests.tiny import tiny_clip
 
 
 def pictures(n: int, size: int = 64) -> list[Image.Image]:
@@ -55,25 +57,7 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP with random weights and a byte-level tokenizer."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("embedders") / "tiny-clip"
-    folder.mkdir()
-    torch.manual_seed(0)
-    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
-    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tower = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = CLIPConfig(
-        text_config={**tower, "vocab_size": len(vocabulary), "max_position_embeddings": 20,
-                     "bos_token_id": vocabulary["<|startoftext|>"], "eos_token_id": vocabulary["<|endoftext|>"]},
-        vision_config={**tower, "image_size": 28, "patch_size": 7}, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
-    return folder
+    return tiny_clip(tmp_path_factory.mktemp("embedders") / "tiny-clip")
 
 
 def assert_bits_depend_on_the_picture_alone(embedder: Embedder) -> None:
@@ -177,7 +161,7 @@ def test_the_revision_of_a_folder_is_its_weights_and_its_preparation(dinov2: Pat
 
 def test_auto_is_the_embedder_that_needs_no_network(imagenet: ImageNetEmbedder):
     assert load_embedder("auto").revision == load_embedder("imagenet").revision == imagenet.revision
-    assert set(EMBEDDERS) == {"imagenet", "dinov2", "clip"}
+    assert set(EMBEDDERS) == set(KINDS) == {"imagenet", "dinov2", "clip"}
 
 
 def test_a_named_embedder_takes_its_source_after_a_colon(dinov2: Path):
@@ -200,3 +184,10 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(BadInput, match="cannot be loaded"):
         load_embedder(f"clip:{tmp_path}")
+
+
+def test_the_key_of_features_is_told_without_the_embedder(imagenet: ImageNetEmbedder, clip: Path, dinov2: Path):
+    assert feature_key("auto") == feature_key("imagenet") == f"features:{imagenet.name}:{imagenet.revision}"
+    for name in (f"clip:{clip}", f"dinov2:{dinov2}"):
+        embedder = load_embedder(name)
+        assert feature_key(name) == f"features:{embedder.name}:{embedder.revision}"
