@@ -249,7 +249,8 @@ def tell_profile(facts: Sequence[ImageFacts], looks: Mapping[str, Look]) -> Told
         share = float(np.mean([f.entropy >= DRAWN_ENTROPY for f in facts])) if facts else 0.0
         return ToldProfile("photo", share, f"{share:.0%} of the pictures have the colours of photographs.")
     drawn = float(np.mean([f.entropy < DRAWN_ENTROPY for f in facts]))
-    [(profile, votes)] = Counter(_drawn_kind(f, looks[f.rgb_digest]) for f in seen).most_common(1)
+    kinds: Counter[Profile] = Counter(_drawn_kind(f, looks[f.rgb_digest]) for f in seen)
+    [(profile, votes)] = kinds.most_common(1)
     why = f"{drawn:.0%} of the pictures are drawn; of {len(seen)} looked at {votes} {_LOOK_LIKE[profile]}."
     return ToldProfile(profile, drawn * votes / len(seen), why)
 
