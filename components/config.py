@@ -132,6 +132,72 @@ class CurationConfig(Config):
         return self.model_dump(mode="json", exclude=unused)
 
 
+CAPTIONER = re.compile(r"[a-z0-9][a-z0-9_-]*=\S.*")  # NAME=SOURCE
+HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*@[0-9a-f]{40}")
+
+
+class CaptionsConfig(Config):
+    """How `safelight caption` works, and what becomes of a model's captions where no person wrote one."""
+
+    policy: Literal["none", "prose", "tags", "both"] = Field(
+        default="none",
+        description="What of a model's captions fills in where files and people say nothing; none: nothing does.",
+    )
+    captioners: tuple[str, ...] = Field(
+        default=(),
+        description="NAME=FOLDER or NAME=OWNER/MODEL@COMMIT: whose captions count, the first most; none: the newest.",
+    )
+    template: str | None = Field(
+        default=None,
+        description="What a filled-in caption looks like: {prose}, {tags}, {trigger}, {class}, {name} and {folder}.",
+    )
+    prefix: str = Field(default="", description="Words that a filled-in caption begins with.")
+    strip_openings: bool = Field(default=True, description='Cut openings such as "an image of" off prose.')
+    exclude: tuple[str, ...] = Field(default=(), description="Words cut out of prose, and tags that are left out.")
+    variants: bool = Field(
+        default=False, description="Further captioners' captions become variants of the first one's."
+    )
+    max_tags: int = Field(default=30, ge=1, description="Tags of a caption at most, the likeliest.")
+    tag_thresholds: dict[str, float] = Field(
+        default={"general": 0.35, "character": 0.85},
+        description="Least score of tags by category; those of other categories are left out.",
+    )
+    prompts: dict[str, str] = Field(
+        default={},
+        description="What a captioner is asked, by its name, with {trigger}, {class}, {caption}, {name} and {folder}.",
+    )
+    max_new_tokens: int = Field(default=128, ge=1, description="Length that a captioner's text is cut at.")
+    num_beams: int = Field(default=1, ge=1, description="Beams of its search; 1: greedy.")
+    batch_size: int = Field(default=8, ge=1, description="Pictures in one pass of a captioner.")
+
+    @field_validator("captioners")
+    @classmethod
+    def _name_and_source(cls, captioners: tuple[str, ...]) -> tuple[str, ...]:
+        for captioner in captioners:
+            if not CAPTIONER.fullmatch(captioner):
+                raise ValueError(f"{captioner!r}, expected NAME=FOLDER or NAME=OWNER/MODEL@COMMIT, such as blip=models")
+        return captioners
+
+    @field_validator("template")
+    @classmethod
+    def _known_places(cls, template: str | None) -> str | None:
+        return _require_places(template, ("prose", "tags", "trigger", "class", "name", "folder"))
+
+    @field_validator("prompts")
+    @classmethod
+    def _known_places_of_prompts(cls, prompts: dict[str, str]) -> dict[str, str]:
+        for prompt in prompts.values():
+            _require_places(prompt, ("trigger", "class", "caption", "name", "folder"))
+        return prompts
+
+
+def _require_places(template: str | None, places: Sequence[str]) -> str | None:
+    unknown = [place for place in re.findall(r"\{([^{}]*)\}", template or "") if place not in places]
+    if unknown:
+        raise ValueError(f"{{{unknown[0]}}} is unknown, expected {', '.join(f'{{{place}}}' for place in places)}")
+    return template
+
+
 class BaseModelConfig(Config):
     model: str = Field(default="embedded", description='"embedded", a folder in diffusers layout, or a hub id.')
     revision: str | None = Field(
@@ -517,6 +583,7 @@ class Recipe(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="Registered model and experiment name.")
     data: DataConfig
     curation: CurationConfig = CurationConfig()
+    captions: CaptionsConfig = CaptionsConfig()
     base: BaseModelConfig = BaseModelConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -570,7 +637,15 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None 
     training = recipe.training
     if training.init_adapter is not None:
         training = training.model_copy(update={"init_adapter": absolute(training.init_adapter)})
-    return recipe.model_copy(update={"data": DataConfig(sources=sources), "training": training})
+    captioners = tuple(
+        one if HUB_MODEL.fullmatch(source) else f"{name}={absolute(source)}"
+        for one in recipe.captions.captioners
+        for name, _, source in [one.partition("=")]
+    )
+    captions = recipe.captions.model_copy(update={"captioners": captioners})
+    return recipe.model_copy(
+        update={"data": DataConfig(sources=sources), "training": training, "captions": captions}
+    )
 
 
 def looking_at(recipe: Recipe, adapter: Path) -> Recipe:

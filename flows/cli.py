@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 
 from components.errors import SafelightError, Stopped
 from components.workspace import Workspace
-from flows.commands import datasets, models, records, retraining, workspace
+from flows.commands import captions, datasets, models, records, retraining, workspace
 from flows.commands.opening import SCHEMA, TERMINATED, told
 
 INTERRUPTED = 130
@@ -25,10 +25,10 @@ EXIT_PATIENCE_S = 15.0  # for logs and events on their way to Prefect
 COMMANDS = (  # in the order of `safelight --help`
     workspace.demo, workspace.init, workspace.import_config,
     workspace.up, workspace.down, workspace.status, workspace.doctor,
-    retraining.plan, retraining.curate, retraining.cache, retraining.retrain, retraining.evaluate,
+    retraining.plan, captions.caption, retraining.curate, retraining.cache, retraining.retrain, retraining.evaluate,
     retraining.promote, retraining.schedule,
     records.runs, records.show, records.logs, records.stop,
-    datasets.diff, datasets.export_dataset, datasets.gc,
+    datasets.diff, datasets.export_dataset, captions.edit_caption, captions.caption_history, datasets.gc,
     models.generate, models.export, models.pretrain,
 )  # fmt: skip
 STUDIES = (models.samplers,)

@@ -139,6 +139,8 @@ def show_card(reporter: Reporter, card: Mapping[str, Any]) -> None:
             f"\nsnapshot  {snapshot['name']} v{snapshot['version']}  {snapshot['kept']} kept,"
             f" {snapshot['rejected']} rejected  {snapshot['digest'][:12]}"
         )
+        if snapshot.get("captions"):
+            show_captions(reporter, snapshot["captions"])
     reporter.say()
     reporter.table(
         ("stage", "outcome", "seconds", "items"),
@@ -171,6 +173,29 @@ def show_card(reporter: Reporter, card: Mapping[str, Any]) -> None:
         if address:
             reporter.say(f"{name:<9} {address}")
     reporter.say(f"status    {card.get('status')}" + (f": {card['error']}" if card.get("error") else ""), "bold")
+
+
+def show_captions(reporter: Reporter, captions: Mapping[str, Any]) -> None:
+    """A snapshot's caption statistics for a person."""
+    reporter.say(
+        f"captions  {captions['captions']}, {captions['distinct']} of them distinct,"
+        f" {captions['identical_share']:.0%} shared by several pictures"
+    )
+    for reader in captions["tokenizers"]:
+        limit = f", it takes {reader['limit']}: {reader['truncated']} are cut" if reader["limit"] else ""
+        reporter.say(
+            f"          {reader['tokenizer']} tokens: median {number(reader['median'])}, 95 % up to"
+            f" {number(reader['p95'])}, longest {reader['longest']}{limit}"
+        )
+        for worst in reader["worst"]:
+            reporter.say(f"          {worst['file_name']} loses “{worst['lost']}”")
+    for name in ("tags", "words"):
+        if captions[name]:
+            reporter.say(f"          {name}: " + ", ".join(f"{one} {count}" for one, count in captions[name][:8]))
+    for trigger, count in captions["triggers"].items():
+        reporter.say(f"          trigger {trigger!r} in {count} of {captions['captions']}")
+    if set(captions["written_by"]) != {"sources"}:
+        reporter.say("          by " + ", ".join(f"{by} {count}" for by, count in captions["written_by"].items()))
 
 
 def _metric_row(name: str, metric: Mapping[str, Any]) -> tuple[Any, ...]:

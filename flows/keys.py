@@ -66,7 +66,12 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
 
     base = resolve_base(recipe.base)
     curate, _ = curate_key(
-        bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=training_size(base, recipe.training)
+        bench,
+        recipe.data,
+        recipe.curation,
+        dataset=recipe.name,
+        training_size=training_size(base, recipe.training),
+        captions=recipe.captions,
     )
     keys: dict[str, str | None] = {
         "curate": curate,

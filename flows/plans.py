@@ -13,9 +13,9 @@ from sqlalchemy import select
 
 from components.catalog.models import StageResultRow
 from components.config import Recipe
-from components.curation.memory import remembering
+from components.curation.choosing import scan_captioned
 from components.curation.pixels import FORMATS, MAX_PIXELS, UnreadableImage, decode
-from components.curation.sources import Item, picture_file, read_data, read_picture
+from components.curation.sources import Item, picture_file, read_picture
 from components.families.bases import BaseModel, resolve_base
 from components.families.tokens import caption_readers
 from components.latents.buckets import Bucket
@@ -48,8 +48,8 @@ def plan(bench: Bench, recipe: Recipe) -> dict[str, Any]:
     """The plan's document. Opens headers, hashes what is new and draws the worst crops into the workspace."""
     base = resolve_base(recipe.base)
     resolution = training_size(base, recipe.training)
-    reading = read_data(recipe.data, remembering(bench.catalog))
-    items = reading.items
+    scanned = scan_captioned(bench, recipe.data, recipe.captions, dataset=recipe.name)
+    items = [file.item for file in scanned.files]
     placed = _place(items, training_buckets(base, resolution), recipe)
     stages = _stages(bench, recipe, pictures=len(placed))
     training = recipe.training
@@ -61,7 +61,7 @@ def plan(bench: Bench, recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "base": base.name,
         "resolution": resolution,
-        "sources": [asdict(source) | {"skipped": source.reasons} for source in reading.sources],
+        "sources": [asdict(source) | {"skipped": source.reasons} for source in scanned.sources],
         "pictures": {"found": len(items), "usable": len(placed), "unusable": len(items) - len(placed)},
         "buckets": _buckets(placed, recipe),
         "pixels_cropped": mean(one.crop.share for one in placed) if placed else 0.0,

@@ -68,7 +68,13 @@ def curate(run_uid: str) -> str:
     run = _open[run_uid]
     recipe, size = run.recipe, training_size(run.base, run.recipe.training)
     key, scanned = curate_key(
-        run.bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size, verify=run.verify
+        run.bench,
+        recipe.data,
+        recipe.curation,
+        dataset=recipe.name,
+        training_size=size,
+        captions=recipe.captions,
+        verify=run.verify,
     )
     for source in scanned.sources:
         run.relay({"event": "log", "message": str(source)})
@@ -88,6 +94,7 @@ def curate(run_uid: str) -> str:
         ),
     )
     _note_snapshot(run, result.product)
+    _describe_captions(run, result.product.facts)
     return result.product.facts["digest"]
 
 
@@ -273,6 +280,21 @@ def _note_snapshot(run: OpenRun, product: Product) -> None:
     run.tracker.artifact("snapshot/verdicts.parquet", product.outputs["verdicts"].sha256)
 
 
+def _describe_captions(run: OpenRun, facts: dict[str, Any]) -> None:
+    """Note in the snapshot's profile how the base reads its captions; in the torch child where that takes torch."""
+    from components.curation.caption_statistics import note_caption_statistics, noted_statistics
+    from components.families.tokens import need_transformers
+
+    of = (facts["snapshot_id"], facts["digest"])
+    if noted_statistics(run.bench, *of, run.base, run.recipe.data) is not None:
+        return
+    if need_transformers(run.base):
+        settings = {"base": run.recipe.base.model_dump(mode="json"), "data": run.recipe.data.model_dump(mode="json")}
+        run.ask({"stage": "describe", "snapshot_id": of[0], "snapshot": of[1]} | settings)
+    else:
+        note_caption_statistics(run.bench, *of, run.base, run.recipe.data)
+
+
 def _replay(run: OpenRun, product: Product) -> None:
     for line in run.bench.store.read(product.outputs["log"].sha256).decode().splitlines():
         entry = json.loads(line)
@@ -368,6 +390,7 @@ def run_card(run: OpenRun) -> dict[str, Any]:
             "digest": snapshot["digest"],
             "kept": snapshot["kept"],
             "rejected": snapshot["rejected"],
+            "captions": _caption_statistics(run, snapshot["snapshot_id"]),
         },
         "stages": [stage_line(result) for result in run.results.values()],
         "adapter": {
@@ -393,6 +416,14 @@ def run_card(run: OpenRun) -> dict[str, Any]:
             "prefect": f"{address.prefect_url}/runs/flow-run/{flow_run.id}" if flow_run.id else None,
         },
     }
+
+
+def _caption_statistics(run: OpenRun, snapshot_id: int) -> dict[str, Any] | None:
+    from components.catalog.datasets import get_snapshot
+    from components.curation.caption_statistics import NAME
+
+    snapshot = get_snapshot(run.bench.catalog, snapshot_id)
+    return snapshot.profile.get(NAME) if snapshot else None
 
 
 # entry ------------------------------------------------------------------------------------------------------------

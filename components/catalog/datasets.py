@@ -138,6 +138,21 @@ def verdicts_of(catalog: Catalog, snapshot_id: int, ordinals: Collection[int]) -
     return found
 
 
+def note_in_profile(catalog: Catalog, snapshot_id: int, name: str, value: Any) -> None:
+    """Write something more that is said of a snapshot under its name; what else its profile says stays."""
+    with catalog.write() as session:
+        snapshot = session.get_one(Snapshot, snapshot_id)
+        snapshot.profile = snapshot.profile | {name: value}
+
+
+def find_item(catalog: Catalog, snapshot_id: int, file_name: str) -> ItemRow | None:
+    """The file of this name in a snapshot, kept or rejected, or None."""
+    query = select(SnapshotItem).where(SnapshotItem.snapshot_id == snapshot_id, SnapshotItem.file_name == file_name)
+    with catalog.read() as session:
+        item = session.scalar(query)
+        return item_row(item) if item is not None else None
+
+
 def splits_of(catalog: Catalog, snapshot_id: int) -> dict[str, str]:
     """The side of each kept picture, by the digest of its pixels."""
     query = select(SnapshotItem.rgb_digest, SnapshotItem.split).where(

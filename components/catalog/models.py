@@ -98,6 +98,33 @@ class MeasuredItem(Base):
     figures: Mapped[bytes]
 
 
+class StoredCaption(Base):
+    """A version of a picture's caption that no source holds: a person's for one dataset, or a model's. Append-only.
+
+    Of a captioner's the newest with the same revision and prompt counts; of people's the newest of the dataset, and one
+    without text says that the source's counts again.
+    """
+
+    __tablename__ = "stored_caption"
+    __table_args__ = (
+        UniqueConstraint("sha256", "dataset", "author", "revision", "prompt_hash", "version",
+                         name="uq_stored_caption_version"),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(index=True)  # of the picture's bytes
+    dataset: Mapped[str] = mapped_column(index=True)  # "": of any, a model's
+    author: Mapped[str]  # a captioner's name or a person's
+    kind: Mapped[str]  # "person", "prose", "tags", "both"
+    source: Mapped[str]  # of the captioner: folder or owner/name@commit; "": a person
+    revision: Mapped[str]  # digest of its weights, or their commit
+    prompt: Mapped[str]
+    prompt_hash: Mapped[str]  # of the prompt and the captioner's settings
+    version: Mapped[int]
+    text: Mapped[str]
+    tags: Mapped[list[Any]]  # [tag, score, category], the likeliest first
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class EncodedItem(Base):
     """Where a latent or a prompt embedding lies: row `row` of the safetensors object `shard`."""
 

@@ -1,15 +1,27 @@
-"""Captions: read from text, caption and JSON files or table cells, as UTF-8 or not at all, and brought to one form."""
+"""Captions: read from text, caption and JSON files or table cells, as UTF-8 or not at all, and brought to one form.
+
+Also the form that a model's prose and tags are brought to, where a recipe lets them fill in.
+"""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+from components.config import CaptionsConfig
 from components.errors import BadInput
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 JSON_KEYS = ("caption", "text")  # of a caption file in JSON, the first that is there
 CaptionLines = Literal["first", "whole", "variants"]
+
+DEFAULT_TEMPLATES = {"prose": "{prose}", "tags": "{tags}", "both": "{prose}, {tags}"}  # by policy
+PICTURE = r"(?:image|picture|photo|photograph)"
+OPENING = re.compile(  # what captioners begin with that says nothing of the picture; "a drawing of" does
+    rf"(?:in (?:the|this) {PICTURE},? (?:(?:we|you) (?:can )?see |there (?:is|are) )?"
+    rf"|(?:this is |there is |here is )?(?:an?|the|this) {PICTURE}"
+    r" (?:(?:of|shows|showing|depicts|depicting|features|featuring|displays|captures|presents|portrays) )"
+    r"|(?:this|it) (?:shows|depicts|features) |there (?:is|are) )(?=\S)", re.IGNORECASE)
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -92,3 +104,55 @@ def _json_caption(text: str, name: str) -> str:
     if not isinstance(found, str):
         raise CaptionProblem(f"{name}: no text under {' or '.join(JSON_KEYS)!s}; expected {{\"caption\": \"…\"}}")
     return found
+
+
+# of models ----------------------------------------------------------------------------------------------------------
+
+
+def composed(prose: str, tags: Sequence[tuple[str, float, str]], config: CaptionsConfig,
+             places: Mapping[str, str]) -> str:
+    """The caption that the recipe's template makes of a model's prose and tags; "" where they say nothing.
+
+    `places` fills the template's other places.
+    """
+    said = without_words(strip_opening(prose) if config.strip_openings else prose, config.exclude)
+    named = ", ".join(chosen_tags(tags, config))
+    template = config.template or DEFAULT_TEMPLATES[config.policy]
+    if not (said and "{prose}" in template) and not (named and "{tags}" in template):
+        return ""
+    if template != DEFAULT_TEMPLATES["prose"]:
+        said = said.removesuffix(".")
+    return _tidy(f"{config.prefix} {filled(template, {'prose': said, 'tags': named} | dict(places))}")
+
+
+def filled(template: str, places: Mapping[str, str]) -> str:
+    """A recipe's template with what stands in its {places}, whatever braces that holds."""
+    return re.sub(r"\{(\w+)\}", lambda place: places[place[1]], template)
+
+
+def chosen_tags(tags: Sequence[tuple[str, float, str]], config: CaptionsConfig) -> list[str]:
+    """Those that reach their category's threshold and are not excluded, each once, the likeliest first."""
+    excluded = {word.casefold() for word in config.exclude}
+    likeliest = sorted(tags, key=lambda tag: -tag[1])
+    chosen = dict.fromkeys(
+        tag for tag, score, category in likeliest
+        if score >= config.tag_thresholds.get(category, 2.0) and tag.casefold() not in excluded)
+    return list(chosen)[: config.max_tags]
+
+
+def strip_opening(text: str) -> str:
+    """Prose without "an image of" and its like; what follows keeps its case."""
+    return OPENING.sub("", text, count=1) if OPENING.match(text) else text
+
+
+def without_words(text: str, words: Sequence[str]) -> str:
+    """Prose without these words or phrases, whatever the case of their letters."""
+    for word in words:
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "", text, flags=re.IGNORECASE)
+    return _tidy(text)
+
+
+def _tidy(text: str) -> str:
+    """One space between words, none before a comma, no comma that separates nothing."""
+    text = re.sub(r"\s+([,.])", r"\1", " ".join(text.split()))
+    return re.sub(r",(?:\s*,)+", ",", text).strip(", ")

@@ -68,8 +68,8 @@ def _front_matter(snapshot: SnapshotRow, rows: Sequence[SampleRow], splits: Sequ
     size = next((name for limit, name in SIZES if len(rows) < limit), LARGEST)
     lines = ["---", *_licences(row.licence for row in rows), f"pretty_name: {json.dumps(snapshot.dataset)}",
              f"size_categories: [{size}]", "task_categories: [text-to-image]", "source_datasets: [original]",
-             "annotations_creators: [found]", "tags: [safelight]", "configs:", "  - config_name: default",
-             "    data_files:"]
+             f"annotations_creators: [{', '.join(_creators(rows))}]", "tags: [safelight]", "configs:",
+             "  - config_name: default", "    data_files:"]
     for split in splits:
         lines += [f"      - split: {split.name}", f"        path: data/{split.name}-*"]
     lines += ["dataset_info:", "  features:"]
@@ -82,6 +82,13 @@ def _front_matter(snapshot: SnapshotRow, rows: Sequence[SampleRow], splits: Sequ
                   f"      num_examples: {split.samples}"]
     total = sum(split.bytes for split in splits)
     return "\n".join([*lines, f"  download_size: {total}", f"  dataset_size: {total}", "---"])
+
+
+def _creators(rows: Sequence[SampleRow]) -> list[str]:
+    """The hub's words for who captioned: as found, or a model (name@revision), or a person in Safelight."""
+    by = {row.caption_by for row in rows}
+    found = {"found" if one is None else "machine-generated" if "@" in one else "expert-generated" for one in by}
+    return sorted(found) or ["found"]
 
 
 def _licences(stated: Iterable[str | None]) -> list[str]:
@@ -107,10 +114,18 @@ def _captions(catalog: Catalog, snapshot: SnapshotRow, rows: Sequence[SampleRow]
     folders = flags.get("caption_fallback", 0)
     varied = sum(bool(row.variants) for row in rows)
     return ("## Captions\n\n"
-            f"{len({row.text for row in rows})} different captions, as they stood beside the pictures; Safelight wrote "
-            "none of them and does not know who did."
+            f"{len({row.text for row in rows})} different captions, {_authorship(rows)}"
             + (f" {folders} files had none and took the words of their folder." if folders else "")
             + (f" {varied} samples have further captions in `variants`." if varied else ""))
+
+
+def _authorship(rows: Sequence[SampleRow]) -> str:
+    by = Counter(row.caption_by for row in rows if row.caption_by)
+    if not by:
+        return "as they stood beside the pictures; Safelight wrote none of them and does not know who did."
+    written = ", ".join(f"{_plain(author)} {count}" for author, count in by.most_common())
+    return (f"{len(rows) - by.total()} of the samples' as they stood beside the pictures, the others written in "
+            f"Safelight, by people or by models (name@revision): {written}.")
 
 
 def _curation(catalog: Catalog, snapshot: SnapshotRow, rules: Mapping[str, Any]) -> str:

@@ -46,8 +46,9 @@ COLUMNS: dict[str, tuple[pa.DataType, dict[str, Any]]] = {  # name -> Arrow's ty
     "repeats": (pa.int32(), NUMBER),
     "mask": (PICTURE, {"_type": "Image"}),
     "variants": (pa.list_(pa.string()), {"_type": "List", "feature": TEXT}),
+    "caption_by": (pa.string(), TEXT),
 }
-OPTIONAL = ("mask", "variants")  # only where a sample of the snapshot has one
+OPTIONAL = ("mask", "variants", "caption_by")  # only where a sample of the snapshot has one
 
 
 @dataclass(frozen=True, slots=True)

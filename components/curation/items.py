@@ -48,6 +48,8 @@ class Item:
     mask: Path | None = None  # the file that says where the picture counts; the picture itself: its alpha channel
     member: Member | None = None
     is_reg: bool = False  # a picture of the class, trained on to keep what the base knows of it
+    origin: int = 0  # which of the recipe's sources it is from
+    caption_by: str | None = None  # who wrote the caption, where it is not the source's
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class SampleRow:
     mask: str | None = None  # sha256 of a grey PNG of the picture's size
     variants: tuple[str, ...] = ()  # captions besides `text`
     is_reg: bool = False  # a picture of the class, for prior preservation
+    caption_by: str | None = None  # who wrote `text`, where it is not the source's
 
 
 MANIFEST_SCHEMA = pa.schema(
@@ -44,6 +45,7 @@ OPTIONAL_FIELDS = (  # only in the manifest of a set where a row has one
     pa.field("mask", pa.string()),
     pa.field("variants", pa.list_(pa.string())),
     pa.field("is_reg", pa.bool_()),
+    pa.field("caption_by", pa.string()),
 )
 SKIPPED_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("source", "file_name", "reason")])
 VERDICT_SCHEMA = pa.schema(

@@ -38,21 +38,23 @@ class Scan:
                  asdict(file.item.problem) if file.item.problem else None,
                  *([file.mask_sha256] if file.mask_sha256 else []),
                  *([list(file.item.variants)] if file.item.variants else []),
-                 *(["is_reg"] if file.item.is_reg else [])] for file in self.files]
+                 *(["is_reg"] if file.item.is_reg else []),
+                 *([{"caption_by": file.item.caption_by}] if file.item.caption_by else [])] for file in self.files]
         return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
-_OWN_WAY = ("path", "problem", "mask", "variants", "member", "is_reg")  # fields that the digest knows otherwise
+_OWN_WAY = (  # fields that the digest knows otherwise
+    "path", "problem", "mask", "variants", "member", "is_reg", "origin", "caption_by")
 _DIGESTED = tuple(field.name for field in fields(Item) if field.name not in _OWN_WAY)
 
 
-def scan(bench: Bench, data: DataConfig, *, verify: bool = False) -> Scan:
+def scan(bench: Bench, data: DataConfig, *, verify: bool = False, captioned: bool = True) -> Scan:
     """Read the sources' files and captions; unchanged files are not hashed again unless `verify`.
 
-    Raises BadInput for sources that are missing, empty, without pictures or without captions.
+    Raises BadInput for sources that are missing, empty, without pictures or, if they must be `captioned`, captions.
     """
     with _everything_is_kept():
-        reading = read_data(data, remembering(bench.catalog, verify=verify))
+        reading = read_data(data, remembering(bench.catalog, verify=verify), captioned=captioned)
         alone = {path: None for item in reading.items for path in _files_of(item)}
         digests = hash_files(bench.catalog, list(alone), verify=verify)
         files = [_scanned(item, [digests[path] for path in _files_of(item)]) for item in reading.items]

@@ -12,8 +12,9 @@ from sqlalchemy import delete, func, insert, select
 from components.catalog import datasets
 from components.catalog.models import Snapshot, SnapshotItem
 from components.catalog.models import Verdict as VerdictRow
-from components.config import CurationConfig, DataConfig
+from components.config import CaptionsConfig, CurationConfig, DataConfig
 from components.curation.checks import EXAMINE_VERSION, ImageFacts, check_rules, looked_at, tell_profile
+from components.curation.choosing import scan_captioned
 from components.curation.examining import OnProgress, examine_files, read_masks
 from components.curation.features import embedded, feature_pairs, judge_features, near_cosine
 from components.curation.judging import Measure, judge_by_models, no_models, revisions_of
@@ -26,7 +27,7 @@ from components.curation.manifest import (
     parquet,
 )
 from components.curation.profiles import Thresholds, ToldProfile
-from components.curation.scanning import Scan, scan
+from components.curation.scanning import Scan
 from components.curation.sifting import Batch, near_pairs
 from components.curation.sources import SourceReading
 from components.curation.splits import Member, Pair, assign_splits, component_name, join_components, prove_disjoint
@@ -37,12 +38,14 @@ from components.storage import ObjectRef
 
 
 def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
-               tokenizer: str = "", verify: bool = False) -> tuple[str, Scan]:
+               tokenizer: str = "", captions: CaptionsConfig | None = None,
+               verify: bool = False) -> tuple[str, Scan]:
     """The stage key of curating these sources as they are now, and the scan behind it.
 
-    `tokenizer` is any text that identifies what counts the captions' tokens.
+    `tokenizer` is any text that identifies what counts the captions' tokens. The scan holds the captions that were
+    chosen, so the key changes when one of them does, and not when others are stored.
     """
-    found = scan(bench, data, verify=verify)
+    found = scan_captioned(bench, data, captions or CaptionsConfig(), dataset=dataset, verify=verify)
     config = curation.settings() | {
         "dataset": dataset, "training_size": training_size, "tokenizer": tokenizer, "examine": EXAMINE_VERSION}
     return stage_key("curate", inputs={"sources": found.digest} | _models(curation), config=config), found
@@ -65,7 +68,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     many images were really decoded. Raises BadInput when nothing is left, when `strict` meets a reject, and when the
     data itself asks for a duplicate or a group to be on both sides of the split.
     """
-    found = scanned or scan(bench, data)
+    found = scanned or scan_captioned(bench, data, CaptionsConfig(), dataset=dataset)
     examined, decoded = examine_files(bench, found.files, on_progress)
     files, masks = read_masks(bench.store, found.files, examined)
     batch = Batch(files, [examined.get(file.sha256) if file.sha256 else None for file in files])
@@ -205,7 +208,7 @@ def _sample_row(batch: Batch, i: int, component: str, split: str, masks: Mapping
         group=item.group, component=hashlib.sha256(component.encode()).hexdigest()[:16], split=split,
         width=facts.width, height=facts.height, licence=item.licence, author=item.author, source=item.source,
         repeats=item.repeats, mask=masks.get(item.file_name), variants=item.variants,
-        is_reg=item.is_reg)
+        is_reg=item.is_reg, caption_by=item.caption_by)
 
 
 def _describe(batch: Batch, rows: Sequence[SampleRow], curation: CurationConfig, told: ToldProfile,

@@ -6,7 +6,7 @@ opened; whatever cannot be used becomes an item with a problem, whatever is no p
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -29,7 +29,7 @@ from components.errors import BadInput
 __all__ = [
     "LAYOUTS", "PICTURE_SUFFIXES", "FileDigest", "Item", "Member", "Problem", "Reading", "Skipped", "SourceReading",
     "hash_files", "picture_file", "picture_files", "read_data", "read_folder", "read_picture", "read_sources",
-    "require_folders", "require_pictures",
+    "require_captions", "require_folders", "require_pictures", "worded",
 ]
 
 ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/")  # also behind the folder of the recipe
@@ -106,22 +106,39 @@ class Reading:
     sources: tuple[SourceReading, ...]
 
 
-def read_data(data: DataConfig, recall: Recall = afresh) -> Reading:
+def read_data(data: DataConfig, recall: Recall = afresh, *, captioned: bool = True) -> Reading:
     """Read the sources' listings, captions and tables; `recall` knows what earlier scans learnt of them.
 
     With several sources file names begin with the source folder's name. Raises BadInput, one line, for a source that
-    is missing, is empty, holds no pictures, or holds not a single caption, and for a table that cannot be read.
+    is missing, is empty, holds no pictures, or, if they must be `captioned`, holds not a single caption, and for a
+    table that cannot be read.
     """
     items, said, taken = [], [], set()
-    for source in data.sources:
+    for origin, source in enumerate(data.sources):
         found, about = _read(source, recall)
         said.append(about)
         if len(data.sources) == 1:
+            require_captions(found if captioned else (), data)
             return Reading(found, tuple(said))
         prefix = next(name for name in _names(Path(source.path).name or "source") if name not in taken)
         taken.add(prefix)
-        items += [replace(item, file_name=f"{prefix}/{item.file_name}") for item in found]
+        items += [replace(item, file_name=f"{prefix}/{item.file_name}", origin=origin) for item in found]
+    require_captions(items if captioned else (), data)
     return Reading(sorted(items, key=lambda item: item.file_name), tuple(said))
+
+
+def require_captions(items: Iterable[Item], data: DataConfig) -> None:
+    """Raises BadInput, one line, for a source of which no picture has a caption."""
+    wanting: dict[int, list[str | None]] = {}  # by source, of each picture why it has no caption; None: it has one
+    for item in items:
+        problem = item.problem
+        reason = problem.reason if problem is not None and problem.check == "caption" else None
+        wanting.setdefault(item.origin, []).append(reason)
+    for origin, reasons in sorted(wanting.items()):
+        if None not in reasons:
+            raise BadInput(f"{data.sources[origin].path}: none of its {len(reasons)} pictures has a caption that can be"
+                           f" used ({reasons[0]}); write captions to files such as a.txt beside a.png, or to"
+                           " metadata.jsonl, or let `safelight caption` write them")
 
 
 def read_sources(data: DataConfig) -> list[Item]:
@@ -131,7 +148,9 @@ def read_sources(data: DataConfig) -> list[Item]:
 
 def read_folder(source: DataSource) -> list[Item]:
     """Every picture of one source, sorted by file name. Raises BadInput as `read_data` does."""
-    return _read(source, afresh)[0]
+    items = _read(source, afresh)[0]
+    require_captions(items, DataConfig(sources=(source,)))
+    return items
 
 
 def read_picture(item: Item) -> bytes:
@@ -187,10 +206,6 @@ def _read(source: DataSource, recall: Recall) -> tuple[list[Item], SourceReading
     items = found.items
     if not items:
         raise BadInput(_no_pictures(root, len(listing.files)))
-    if all(item.problem is not None and item.problem.check == "caption" for item in items):
-        reason = next(item.problem.reason for item in items if item.problem)
-        raise BadInput(f"{root}: none of its {len(items)} pictures has a caption that can be used ({reason}); "
-                       "write captions to files such as a.txt beside a.png, or to metadata.jsonl")
     if source.masks is not None:
         items = _masked(items, listing, masks, source)
     items = [_as_the_recipe_says(item, source) for item in items]
@@ -206,15 +221,15 @@ def _as_the_recipe_says(item: Item, source: DataSource) -> Item:
     """The item with the source's licence, weight and wording."""
     words = (source.trigger, source.caption_prefix, source.caption_suffix)
     if any(words) and item.problem is None:
-        item = replace(item, caption=_worded(item.caption, source),
-                       variants=tuple(_worded(caption, source) for caption in item.variants))
+        item = replace(item, caption=worded(item.caption, source),
+                       variants=tuple(worded(caption, source) for caption in item.variants))
     if source.licence is None and source.repeats == 1 and not source.is_reg:
         return item
     return replace(item, licence=item.licence or source.licence, repeats=item.repeats * source.repeats,
                    is_reg=source.is_reg)
 
 
-def _worded(caption: str, source: DataSource) -> str:
+def worded(caption: str, source: DataSource) -> str:
     """A caption with the trigger in place of [trigger], or before it where it is nowhere, between prefix and suffix."""
     if source.trigger:
         caption = caption.replace("[trigger]", source.trigger)

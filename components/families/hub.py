@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +23,54 @@ def fetch_pipeline(model: str, revision: str | None) -> Path:
     Raises: BaseModelError, one line, that says where to accept a licence when the repository asks for one.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    try:
-        index = Path(hf_hub_download(model, "model_index.json", revision=revision))
+    with hub_answers(f"base model {model!r}", model, "base.model", revision, "base.revision"):
+        try:
+            index = Path(hf_hub_download(model, "model_index.json", revision=revision))
+        except RemoteEntryNotFoundError:
+            raise BaseModelError(
+                f"base model {model!r}: has no model_index.json, so it is no diffusers pipeline; choose one in that"
+                " layout"
+            ) from None
         folders = [name for name, entry in read_json(index).items() if isinstance(entry, list) and entry[0]]
         wanted = [f"{folder}/{pattern}" for folder in folders for pattern in (*CONFIGURATION, "*.safetensors")]
         patterns = ["model_index.json", *wanted]
         commit = commit_of(index.parent) or revision  # what the index came from, though the branch may have moved since
         return Path(snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns=[*VARIANTS]))
+
+
+@contextmanager
+def hub_answers(subject: str, model: str, model_key: str, revision: str | None, revision_key: str) -> Iterator[None]:
+    """Within the block what the hub refuses becomes a BaseModelError, one line, about `subject`.
+
+    The keys are where a person wrote the model and its revision.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
     except GatedRepoError:
         raise BaseModelError(
-            f"base model {model!r}: its licence is not accepted by this account; accept it at {HUB}/{model} "
+            f"{subject}: its licence is not accepted by this account; accept it at {HUB}/{model} "
             "and set HF_TOKEN to a token of that account"
         ) from None
     except RevisionNotFoundError:
-        raise BaseModelError(f"base model {model!r}: has no revision {revision!r}; correct base.revision") from None
+        raise BaseModelError(f"{subject}: has no revision {revision!r}; correct {revision_key}") from None
     except RepositoryNotFoundError:
         raise BaseModelError(
-            f"base model {model!r}: the hub has no such model, or it is private; "
-            "correct base.model, or set HF_TOKEN to a token that may read it"
-        ) from None
-    except RemoteEntryNotFoundError:
-        raise BaseModelError(
-            f"base model {model!r}: has no model_index.json, so it is no diffusers pipeline; choose one in that layout"
+            f"{subject}: the hub has no such model, or it is private; "
+            f"correct {model_key}, or set HF_TOKEN to a token that may read it"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
-            f"base model {model!r}: not in the local cache and the hub gave "
+            f"{subject}: not in the local cache and the hub gave "
             f"{type(error).__name__}; download it once while online, or give a folder"
         ) from None
 

@@ -17,13 +17,32 @@ class CaptionReader:
 
     name: str  # its folder in the base
     limit: int | None  # None: as many as there are
-    count: Callable[[Sequence[str]], list[int]]
+    encode: "Encode"
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, start and end included."""
+        return [len(marks) for marks in self.encode(texts)]
+
+    def lost(self, text: str) -> str:
+        """What of a text lies beyond the limit, as it is written there."""
+        (marks,) = self.encode([text])
+        words = [mark for mark in marks if mark is not None]
+        room = (self.limit or UNLIMITED) - (len(marks) - len(words))
+        return text[words[room] :] if len(words) > room else ""
+
+
+Encode = Callable[[Sequence[str]], list[list[int | None]]]  # of each token where it begins; None: it is no text's
 
 
 def caption_readers(base: BaseModel) -> list[CaptionReader]:
     """The base's tokenizers, each with the limit that training uses."""
     folders = sorted(path for path in base.path.glob("tokenizer*") if path.is_dir())
-    return [CaptionReader(folder.name, _limit(base, folder), _counter(folder)) for folder in folders]
+    return [CaptionReader(folder.name, _limit(base, folder), _encoder(folder)) for folder in folders]
+
+
+def need_transformers(base: BaseModel) -> bool:
+    """Whether a tokenizer lies there in parts, which only transformers puts together, and it loads torch."""
+    return any(not (path / "tokenizer.json").exists() for path in base.path.glob("tokenizer*") if path.is_dir())
 
 
 def _limit(base: BaseModel, folder: Path) -> int | None:
@@ -37,7 +56,7 @@ def _limit(base: BaseModel, folder: Path) -> int | None:
     return int(stated) if isinstance(stated, int | float) and stated < UNLIMITED else None
 
 
-def _counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
+def _encoder(folder: Path) -> Encode:
     """By the tokenizer's file where there is one; else as transformers makes it of the parts, which takes a second."""
     file = folder / "tokenizer.json"
     if file.exists():
@@ -46,8 +65,23 @@ def _counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return lambda texts: [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+        return lambda texts: [
+            _marks(one.offsets, one.special_tokens_mask) for one in tokenizer.encode_batch(list(texts))
+        ]
     from transformers import AutoTokenizer
 
     parts: Any = AutoTokenizer.from_pretrained(folder)
-    return lambda texts: [len(ids) for ids in parts(list(texts), truncation=False)["input_ids"]] if texts else []
+
+    def encode(texts: Sequence[str]) -> list[list[int | None]]:
+        if not texts:
+            return []
+        if not parts.is_fast:  # counts, but does not say where a token begins
+            return [[None] * len(ids) for ids in parts(list(texts), truncation=False)["input_ids"]]
+        found = parts(list(texts), truncation=False, return_offsets_mapping=True, return_special_tokens_mask=True)
+        return list(map(_marks, found["offset_mapping"], found["special_tokens_mask"]))
+
+    return encode
+
+
+def _marks(offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> list[int | None]:
+    return [None if added else begin for (begin, _), added in zip(offsets, special, strict=True)]

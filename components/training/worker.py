@@ -195,6 +195,33 @@ def _study(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     )
 
 
+def _caption(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.captioning.captioning import Extent, caption_pictures
+    from components.config import CaptionsConfig, DataConfig
+
+    report = caption_pictures(
+        bench,
+        DataConfig(**request["data"]),
+        CaptionsConfig(**request["captions"]),
+        request["captioner"],
+        dataset=request["dataset"],
+        extent=Extent(**request["extent"]),
+        on_event=emit,
+        should_stop=_stop.is_set,
+    )
+    return Product({}, asdict(report), items=report.captioned)
+
+
+def _describe(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
+    from components.config import DataConfig
+    from components.curation.caption_statistics import note_caption_statistics
+    from components.families.bases import resolve_base
+
+    base = resolve_base(BaseModelConfig(**request["base"]))
+    note_caption_statistics(bench, request["snapshot_id"], request["snapshot"], base, DataConfig(**request["data"]))
+    return Product({})
+
+
 def _import(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.families.bases import resolve_base
     from components.training.imports import imported_adapter
@@ -227,6 +254,8 @@ STAGES: dict[str, Callable[[Bench, dict[str, Any], Event], Product]] = {
     "export": _export,
     "study": _study,
     "measure": _measure,
+    "caption": _caption,
+    "describe": _describe,
 }
 
 if __name__ == "__main__":

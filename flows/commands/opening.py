@@ -87,3 +87,12 @@ def require_inputs(recipe: "Recipe") -> None:
         from components.layouts.files import read_metadata
 
         read_metadata(Path(recipe.training.init_adapter))
+
+
+def user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "someone"

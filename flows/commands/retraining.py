@@ -20,6 +20,7 @@ from flows.commands.opening import (
     require_inputs,
     serve,
     told,
+    user,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def promote(
         from flows.tracking import registry
 
         name, version = _split_model(name, lambda model: registry.aliases(bench.workspace, model))
-        outcome = promotion.promote_version(name, version, by=by or _user(), reason=reason, force=force)
+        outcome = promotion.promote_version(name, version, by=by or user(), reason=reason, force=force)
         reporter.finish(
             {"schema": SCHEMA, "status": "completed"} | outcome,
             lambda: reporter.say(
@@ -186,15 +187,6 @@ def retrain_and_show(
     card = retrain_recipe(recipe, upto=upto, verify=verify, on_event=relay)
     reporter.finish(card, lambda: show_card(reporter, card))
     raise typer.Exit(EXIT_CODES.get(card["status"], StageFailed.exit_code))
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "someone"
 
 
 def _split_model(name: str, aliases: Callable[[str], Mapping[str, int]]) -> tuple[str, int | None]:

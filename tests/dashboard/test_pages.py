@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from components.catalog import datasets
+from components.curation.editing import caption_history
 from components.stages import Bench
 from components.workspace import Workspace
 from tests.dashboard.seed import HOSTILE, Seeded
@@ -167,6 +169,45 @@ def test_two_versions_of_a_dataset_are_compared(home: Seeded):
     assert "from app-icons v1 to app-icons v2" in found and "added" in found
     assert "<script>" not in found
     assert "What changed" not in words(page("datasets", snapshot="app-icons v2", against="app-icons v9"))
+
+
+STATISTICS = {
+    "of": "x", "base": "embedded", "captions": 90, "distinct": 88, "identical_share": 0.04,
+    "words": [["icon", 90]], "tags": [["red app icon", 18]], "triggers": {"sks": 12},
+    "written_by": {"sources": 80, "blip@0123456789ab": 10},
+    "tokenizers": [{"tokenizer": "tokenizer", "limit": 24, "median": 9.0, "p95": 12.0, "longest": 31, "truncated": 1,
+                    "worst": [{"file_name": "a.png", "tokens": 31, "lost": HOSTILE}]}],
+}  # fmt: skip
+
+
+def test_a_version_shows_what_its_captions_are_like_and_what_the_tokenizer_cuts(
+    writable: Seeded, monkeypatch: pytest.MonkeyPatch
+):
+    datasets.note_in_profile(writable.bench.catalog, writable.snapshot_id, "caption_statistics", STATISTICS)
+    monkeypatch.setenv("SAFELIGHT_HOME", str(writable.bench.workspace.home))
+    found = words(page("datasets", snapshot="app-icons v2"))
+    for part in ("longest 31, 1 of them cut at 24", "what falls off", "in 12 of 90", "red app icon 18", "blip@"):
+        assert part in found
+    assert "<script>" not in found
+
+
+def test_a_caption_written_on_the_page_is_kept_as_a_version_of_the_viewers(
+    writable: Seeded, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SAFELIGHT_HOME", str(writable.bench.workspace.home))
+    monkeypatch.setenv("SAFELIGHT_REVIEWER", "Ada")
+    app = page("datasets", snapshot="app-icons v2")
+    file_name = app.selectbox(key="captioned-file").value
+    app.text_area[0].set_value("a rocket at dawn")
+    app.button[0].click()
+    app.run()
+    assert "has it in the next version of app-icons" in words(app) and not app.markdown
+    (version,) = caption_history(writable.bench.catalog, "app-icons", file_name).versions
+    assert (version.text, version.author) == ("a rocket at dawn", "Ada")
+    app.text_area[0].set_value(" ")
+    app.button[0].click()
+    app.run()
+    assert "the caption is empty" in words(app)
 
 
 def test_hostile_names_are_escaped_in_every_piece_of_html(writable: Seeded, monkeypatch: pytest.MonkeyPatch):

@@ -30,8 +30,9 @@ from tests.tiny import tiny_stable_diffusion
 
 COMMANDS = [
     *("demo", "init", "import-config", "up", "down", "status", "doctor"),
-    *("plan", "curate", "cache", "retrain", "evaluate", "promote"),
-    *("schedule", "runs", "show", "logs", "stop", "diff", "export-dataset", "gc", "generate", "export", "pretrain"),
+    *("plan", "caption", "curate", "cache", "retrain", "evaluate", "promote"),
+    *("schedule", "runs", "show", "logs", "stop", "diff", "export-dataset", "edit-caption", "caption-history", "gc"),
+    *("generate", "export", "pretrain"),
 ]
 GROUPS = {"study": ["samplers"]}
 ROOT = Path(__file__).parents[2]
