@@ -213,6 +213,8 @@ ADAM_LIKE = ("adamw", "adamw8bit", "prodigy", "adamwschedulefree")  # optimizers
 UNAVERAGED = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion", "muon")  # their parameters are the weights to use
 PRODIGY_MIN_RATE = 0.1  # below this factor it learns next to nothing; its authors recommend 1
 Preset = Literal["attention", "attention-mlp", "all-linear", "all"]
+CropPolicy = Literal["centre", "smart", "pad"]
+SIZE_SETTINGS = ("bucket_no_upscale", "crop")  # what a cache's key says of them where they make a difference
 FACTORED = ("lora", "rslora", "dora")  # adapters whose update is s B A with B = 0 at the start
 WITH_RANKS = (*FACTORED, "pissa", "loha", "lokr")
 TAG_SETTINGS = ("caption_wordings", "caption_separator", "keep_tokens", "caption_tag_dropout_rate")
@@ -287,8 +289,17 @@ class TrainingConfig(Config):
     train_batch_size: int = Field(default=16, ge=1, description="Samples in one forward pass.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes for one optimizer step.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
-    resolution: int | Literal["auto"] = Field(
-        default="auto", description="Training size in pixels; auto: the base model's own."
+    resolution: PositiveInt | tuple[PositiveInt, ...] | Literal["auto"] = Field(
+        default="auto",
+        description="Training size in pixels; auto: the base model's own; a list: every picture at each of them.",
+    )
+    bucket_no_upscale: bool = Field(
+        default=True, description="A picture too small for its bucket takes a smaller one instead of being enlarged."
+    )
+    crop: CropPolicy = Field(
+        default="centre",
+        description="What of a picture its bucket keeps: the centre, smart: what stands out most, pad: all of it, with"
+        " padding that does not count in the loss.",
     )
     seed: int = Field(default=42, ge=0, description="Seeds weights, order, noise and times.")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction", "edm"] = Field(
@@ -396,6 +407,16 @@ class TrainingConfig(Config):
         if isinstance(targets, list | tuple) and not targets:
             raise ValueError("an empty list, expected at least one end of a layer's name, such as 'to_q'")
         return targets
+
+    @field_validator("resolution")
+    @classmethod
+    def _largest_first(cls, resolution: Any) -> Any:
+        """A list in one order, since its order means nothing; of one it is that one."""
+        if not isinstance(resolution, tuple):
+            return resolution
+        if len(set(resolution)) < max(1, len(resolution)):
+            raise ValueError(f"{list(resolution)}, expected at least one size and each once")
+        return tuple(sorted(resolution, reverse=True)) if len(resolution) > 1 else resolution[0]
 
     @field_validator("placeholder_token")
     @classmethod

@@ -3,23 +3,24 @@
 from pathlib import Path
 
 from components.catalog.models import ModelVersion
-from components.config import TEXT_SETTINGS, Recipe
+from components.config import SIZE_SETTINGS, TEXT_SETTINGS, Recipe
 from components.families.bases import BaseModel, resolve_base
-from components.latents.keys import cache_key, training_size
+from components.latents.keys import cache_key, training_size, training_sizing
 from components.latents.wording import Wording
 from components.stages import Bench, committed, stage_key
 from components.storage import sha256_of
 
 
 def fine_tune_key(recipe: Recipe, base: BaseModel, snapshot: str) -> str:
-    """An adapter to go on from counts by its bytes, not by its path; settings of text encoders where they train."""
-    size, initial = training_size(base, recipe.training), recipe.training.init_adapter
+    """An adapter to go on from counts by its bytes, not by its path; settings of text encoders where they train, those
+    of sizes by the cache's key."""
+    sizing, initial = training_sizing(base, recipe.training), recipe.training.init_adapter
     unused = () if recipe.training.train_text_encoder or recipe.training.placeholder_token else TEXT_SETTINGS
     return stage_key(
         "fine-tune",
-        inputs={"cache": cache_key(snapshot, base, size, Wording.of(recipe.training)), "base": base.digest}
+        inputs={"cache": cache_key(snapshot, base, sizing, Wording.of(recipe.training)), "base": base.digest}
         | ({"init_adapter": sha256_of(Path(initial))} if initial else {}),
-        config=recipe.training.model_dump(mode="json", exclude={"init_adapter", *unused}),
+        config=recipe.training.model_dump(mode="json", exclude={"init_adapter", *SIZE_SETTINGS, *unused}),
     )
 
 
@@ -82,8 +83,8 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
     }
     if snapshot := committed(bench, curate):
         digest = snapshot.facts["digest"]
-        size = training_size(base, recipe.training)
-        keys["cache"] = cache_key(digest, base, size, Wording.of(recipe.training))
+        sizing = training_sizing(base, recipe.training)
+        keys["cache"] = cache_key(digest, base, sizing, Wording.of(recipe.training))
         keys["fine-tune"] = fine_tune_key(recipe, base, digest)
         if adapter := committed(bench, keys["fine-tune"]):
             sha256 = adapter.facts["sha256"]

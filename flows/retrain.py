@@ -17,7 +17,7 @@ from components.catalog import runs
 from components.catalog.models import Adapter, ModelVersion
 from components.config import Recipe
 from components.errors import ServiceUnavailable
-from components.latents.keys import cache_key, training_size
+from components.latents.keys import cache_key, training_size, training_sizing
 from components.latents.wording import Wording
 from components.stages import Product, StageResult
 from components.workspace import Workspace
@@ -102,10 +102,9 @@ def curate(run_uid: str) -> str:
 def cache_latents(run_uid: str, snapshot: str) -> str:
     """The cache's stage key."""
     run = _open[run_uid]
-    size = training_size(run.base, run.recipe.training)
     training = run.recipe.training
-    key = cache_key(snapshot, run.base, size, Wording.of(training))
-    request = {"snapshot": snapshot, "resolution": size, "training": training.model_dump(mode="json")}
+    key = cache_key(snapshot, run.base, training_sizing(run.base, training), Wording.of(training))
+    request = {"snapshot": snapshot, "training": training.model_dump(mode="json")}
     return on_the_gpu(run, "cache", key, request).key
 
 
@@ -117,11 +116,7 @@ def fit_adapter(run_uid: str, snapshot: str) -> str:
         run,
         "fine-tune",
         fine_tune_key(run.recipe, run.base, snapshot),
-        {
-            "snapshot": snapshot,
-            "resolution": training_size(run.base, run.recipe.training),
-            "training": run.recipe.training.model_dump(mode="json"),
-        },
+        {"snapshot": snapshot, "training": run.recipe.training.model_dump(mode="json")},
     )
     if result.outcome == "reused":  # the series of the training that made it belong to this run's record too
         _replay(run, result.product)

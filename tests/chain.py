@@ -10,7 +10,7 @@ from components.curation.manifest import SampleRow, read_manifest
 from components.curation.snapshots import curate, curate_key
 from components.families.bases import BaseModel, resolve_base
 from components.latents.caching import cache_latents
-from components.latents.keys import training_size
+from components.latents.keys import training_size, training_sizing
 from components.latents.wording import Wording
 from components.stages import Bench, Product, ensure
 from components.training.finetune import fine_tune
@@ -72,7 +72,7 @@ class Chain:
             self.bench,
             self.curate(recipe),
             self.base(),
-            training_size(self.base(), recipe.training),
+            training_sizing(self.base(), recipe.training),
             ignore,
             wording=Wording.of(recipe.training),
         )
@@ -99,7 +99,6 @@ class Chain:
             rows,
             self.base(),
             recipe.training,
-            training_size(self.base(), recipe.training),
             self.bench.workspace.home / work,
             on_event=seen.append,
             should_stop=should_stop or enough,

@@ -15,7 +15,7 @@ from components.evaluation.generation import Picture
 from components.families.bases import BaseModel
 from components.latents.buckets import fit
 from components.latents.encoding import encode_missing
-from components.latents.keys import Item, sample_item, training_buckets
+from components.latents.keys import Item, placements, sample_item, usual_sizing
 from components.latents.ragged import Tensors
 from components.latents.reading import ShardReader, locate
 from components.stages import Bench
@@ -54,16 +54,19 @@ def open_drawn(bench: Bench, picture: Picture) -> Image.Image:
 
 
 class EmbeddedSamples:
-    """Samples of a split with the features of their pixels at training size, and their concepts."""
+    """Samples of a split with the features of their pixels at training size, and their concepts.
+
+    The picture's centre is looked at however training crops: references stay the same when that changes.
+    """
 
     def __init__(self, bench: Bench, embedder: Embedder, rows: Sequence[SampleRow], base: BaseModel, resolution: int):
         self.rows = list(rows)
-        sizes = training_buckets(base, resolution)
-        items = [sample_item(row, sizes) for row in self.rows]
+        sizing = usual_sizing(base, resolution)
+        items = [sample_item(row, *placements(row, sizing)) for row in self.rows]
 
         def open_image(item: Item) -> Image.Image:
-            assert item.bucket is not None
-            return fit(decode(bench.store.read(item.bytes_sha256)), item.bucket)
+            assert item.placement is not None
+            return fit(decode(bench.store.read(item.bytes_sha256)), item.placement)
 
         self.features = features_of(bench, embedder, items, open_image, lambda _: None)
         self.concepts = [row.group or row.text for row in self.rows]

@@ -48,7 +48,7 @@ REASONS = {
     **dict.fromkeys(["cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_info",
                      "cache_text_encoder_outputs_to_disk", "vae_batch_size", "skip_cache_check"],
                     "Safelight always caches, by content"),
-    **dict.fromkeys(["enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"],
+    **dict.fromkeys(["enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"],
                     "buckets follow the base and the resolution; `safelight plan` lists them"),
     **dict.fromkeys(["xformers", "sdpa", "mem_eff_attn", "lowram", "highvram", "full_fp16", "full_bf16",
                      "no_half_vae", "max_data_loader_n_workers", "persistent_data_loader_workers"],
@@ -141,6 +141,7 @@ def _datasets(body: Mapping[str, Any], training: Section, imported: Imported) ->
 def _dataset(dataset: Section, imported: Imported) -> None:
     if dataset.states("resolution"):
         set_resolution(imported, dataset.key("resolution"), dataset.get("resolution"), pair=True)
+    _no_upscale(imported, dataset)
     if dataset.states("batch_size"):
         imported.set(dataset.key("batch_size"), "training", "train_batch_size", whole(dataset, "batch_size", 1))
     if share := number(dataset, "validation_split"):
@@ -226,6 +227,8 @@ def _training(section: Section, imported: Imported, folder: Path) -> None:
         "gradient_checkpointing": taken("training", "gradient_checkpointing"),
         "save_every_n_steps": taken("training", "checkpointing_steps", int), "seed": taken("training", "seed", int),
     }, imported, section)
+    if "bucket_no_upscale" not in imported.training:
+        _no_upscale(imported, section)
     if not imported.training.get("multires_noise_iterations"):
         imported.training.pop("multires_noise_discount", None)
     if not any(source.get("is_reg") for source in imported.sources):
@@ -257,6 +260,13 @@ def _base(imported: Imported, section: Section, key: str) -> None:
 def _resolution(imported: Imported, section: Section, key: str) -> None:
     if "resolution" not in imported.training:
         set_resolution(imported, section.key(key), section.get(key), pair=True)
+
+
+def _no_upscale(imported: Imported, section: Section) -> None:
+    """Where it is not written pictures are enlarged there, here they are not: nobody asked for it."""
+    key = "bucket_no_upscale"
+    if section.states(key):
+        imported.set(section.key(key), "training", key, bool(section.get(key)))
 
 
 def _network(section: Section, imported: Imported) -> None:

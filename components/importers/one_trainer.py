@@ -188,7 +188,8 @@ def _training(section: Section, imported: Imported, folder: Path) -> None:
         for source in imported.sources:
             source["masks"] = "masklabel"
     set_resolution(imported, "resolution", str(section.get("resolution", "512")).replace("x", ","),
-                   pair="x" in str(section.get("resolution", "")))
+                   pair="x" in str(section.get("resolution", "")),
+                   several="there each epoch shows a picture at one of them, here at all of them")
     imported.set("batch_size", "training", "train_batch_size", whole(section, "batch_size", 1))
     imported.set("gradient_accumulation_steps", "training", "gradient_accumulation_steps",
                  whole(section, "gradient_accumulation_steps", 1))

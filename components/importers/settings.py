@@ -144,8 +144,9 @@ def set_scale(imported: Imported, keys: Sequence[str], rank: int, alpha: float, 
                  f"meant for that scale; at scale 1 it would be {rate * alpha / rank:g}")
 
 
-def set_resolution(imported: Imported, key: str, value: Any, *, pair: bool) -> None:
-    """One size from a number, text such as "512" or "512,768", or a list: a pair is one size, else they are several."""
+def set_resolution(imported: Imported, key: str, value: Any, *, pair: bool, several: str = "") -> None:
+    """From a number, text such as "512" or "512,768", or a list: a pair is one size, else they are several, which
+    Safelight trains every picture at; `several` says how the other trainer differs."""
     texts = value if isinstance(value, list | tuple) else re.split(r"[,x]", str(value))
     try:
         sides = [int(str(side).strip()) for side in texts]
@@ -158,7 +159,7 @@ def set_resolution(imported: Imported, key: str, value: Any, *, pair: bool) -> N
         side = round((sides[0] * sides[1]) ** 0.5)
         imported.set(key, "training", "resolution", side, "the square of that area; buckets have its sides")
     else:
-        imported.set(key, "training", "resolution", max(sides), "the largest of several; Safelight trains at one")
+        imported.set(key, "training", "resolution", sorted(set(sides), reverse=True), several)
 
 
 def steps_of(imported: Imported, key: str, epochs: int, pictures: int | None, per_step: int) -> None:

@@ -11,7 +11,7 @@ from components.families.autoencoders import half_where_it_agrees
 from components.families.bases import BaseModel
 from components.families.family import PixelEncoder
 from components.families.placement import release_memory
-from components.latents.buckets import Bucket
+from components.latents.buckets import Bucket, Sizing
 from components.latents.encoding import encode_missing, normalised, picture_of
 from components.latents.keys import (
     NULL_PROMPT,
@@ -20,12 +20,14 @@ from components.latents.keys import (
     mask_encoder_key,
     mask_item,
     pixel_encoder_key,
+    placements,
     prompt_encoder_key,
     sample_item,
-    training_buckets,
+    window_encoder_key,
 )
 from components.latents.ragged import Tensors
 from components.latents.reading import locate, shard_refs
+from components.latents.windows import find_windows, window_items
 from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
 from components.tensors import default_device
@@ -37,18 +39,24 @@ def cache_latents(
     bench: Bench,
     rows: Sequence[SampleRow],
     base: BaseModel,
-    resolution: int,
+    sizing: Sizing,
     on_progress: Callable[[int, int], None],
     *,
     wording: Wording = AS_WRITTEN,
 ) -> Product:
-    """Encode what is not yet encoded of a snapshot, training captions in every wording that training may ask for.
+    """Encode what is not yet encoded of a snapshot, training captions in every wording that training may ask for, and
+    training pictures at every resolution; others are looked at in the largest alone.
 
     The product's outputs are the shards; facts count the encodes.
     """
-    sizes = training_buckets(base, resolution)
-    images = [sample_item(row, sizes) for row in rows]
-    masks = [item for row in rows if (item := mask_item(row, sizes))]
+    windows = find_windows(bench, rows, sizing, on_progress)
+    placed = [
+        (row, placement)
+        for row in rows
+        for placement in placements(row, sizing if row.split == "train" else sizing.largest, windows)
+    ]
+    images = [sample_item(row, placement) for row, placement in placed]
+    masks = [item for row, placement in placed if (item := mask_item(row, placement))]
     captions = [caption_item(text) for text in sorted(_texts(rows, wording))]
     total, done = len({item.key for item in images}) + len(captions), 0
 
@@ -64,6 +72,7 @@ def cache_latents(
         bench.catalog, prompt_encoder_key(base), [item.key for item in captions]
     )
     places |= locate(bench.catalog, mask_encoder_key(base), [item.key for item in masks])
+    places |= locate(bench.catalog, window_encoder_key(), [item.key for item in window_items(rows, sizing)])
     index = bench.store.put(canonical_json({key: list(place) for key, place in sorted(places.items())}))
     per_bucket: dict[str, int] = defaultdict(int)
     for item in images:

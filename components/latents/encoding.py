@@ -149,8 +149,8 @@ def _require_finite(batch: list[Item], tensors: Tensors) -> None:
 
 def picture_of(store: Store, item: Item) -> Tensor:
     """A decoded, bucketed picture (H, W, 3) uint8."""
-    assert item.bucket is not None
-    return torch.from_numpy(np.array(fit(decode(store.read(item.bytes_sha256)), item.bucket)))
+    assert item.placement is not None
+    return torch.from_numpy(np.array(fit(decode(store.read(item.bytes_sha256)), item.placement, item.background)))
 
 
 def normalised(pictures: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
 """What a cached item is called: what it was made from, under an encoder key that holds everything else it depends on.
 
-An item's key is the digest of decoded pixels with their bucket, or of a caption's text. An encoder's key is the digest
-of its weights, the precision stored and the version of the encoding code. The flow uses this module: it knows no torch.
+An item's key is the digest of decoded pixels with their bucket and window, or of a caption's text. An encoder's key is
+the digest of its weights, the precision stored and the version of the encoding code. The flow uses this module: it
+knows no torch.
 """
 
 import hashlib
@@ -10,14 +11,19 @@ from dataclasses import dataclass
 
 from components.config import TrainingConfig
 from components.curation.manifest import SampleRow
+from components.curation.masks import BLACK
+from components.curation.pixels import WHITE
+from components.errors import LatentCacheMismatch
 from components.families.bases import BaseModel
-from components.families.family import Framing
-from components.latents.buckets import Bucket, assign, buckets, placement
+from components.families.family import Framing, Geometry
+from components.latents.buckets import Bucket, Placement, Sizing, cover
+from components.latents.saliency import SALIENCY_VERSION
 from components.latents.wording import Wording
 from components.stages import canonical_json, stage_key
 
 ENCODING_VERSION = 1  # raise when encoding.py changes what it stores
 NULL_PROMPT = ""  # what classifier-free guidance and caption dropout are conditioned on
+Windows = Mapping[str, tuple[int, int]]  # corners of windows that saliency has chosen, by `window_item`'s keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +32,43 @@ class Item:
 
     key: str
     bytes_sha256: str = ""  # of the picture in the store
-    bucket: Bucket | None = None
+    placement: Placement | None = None
     caption: str = ""
     file_name: str = ""  # of the picture, for messages
+    background: tuple[int, int, int] = WHITE  # of padding
+
+    @property
+    def bucket(self) -> Bucket | None:
+        return self.placement.bucket if self.placement else None
 
 
-def image_item(sha256: str, rgb_digest: str, bucket: Bucket, file_name: str) -> Item:
-    return Item(f"{rgb_digest}@{bucket.width}x{bucket.height}", sha256, bucket, file_name=file_name)
+def sample_item(row: SampleRow, placement: Placement) -> Item:
+    """A sample's picture as it is trained."""
+    return Item(_placed_key(row.rgb_digest, row, placement), row.sha256, placement, file_name=row.file_name)
 
 
-def mask_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item | None:
-    """A sample's mask in the sample's bucket; None when it has none."""
+def mask_item(row: SampleRow, placement: Placement) -> Item | None:
+    """A sample's mask, which comes to the bucket as the sample's picture does; None when it has none."""
     if row.mask is None:
         return None
-    return image_item(row.mask, row.mask, assign(row.width, row.height, sizes), row.file_name)
+    key = _placed_key(row.mask, row, placement)
+    return Item(key, row.mask, placement, file_name=row.file_name, background=BLACK)
+
+
+def window_item(row: SampleRow, placement: Placement) -> Item:
+    """The window of a sample's picture that saliency chooses."""
+    bucket = placement.bucket
+    key = f"window:{row.rgb_digest}@{bucket.width}x{bucket.height}"
+    return Item(key, row.sha256, placement, file_name=row.file_name)
+
+
+def _placed_key(digest: str, row: SampleRow, placement: Placement) -> str:
+    """With the size and place in the bucket of a picture that does not just fill it by its centre."""
+    bucket = placement.bucket
+    key = f"{digest}@{bucket.width}x{bucket.height}"
+    if placement == cover(row.width, row.height, bucket):
+        return key
+    return f"{key}:{placement.width}x{placement.height}{placement.left:+d}{placement.top:+d}"
 
 
 def caption_item(caption: str) -> Item:
@@ -65,6 +94,11 @@ def mask_encoder_key(base: BaseModel) -> str:
     return _key({"kind": "masks", "downscale": downscale, "version": ENCODING_VERSION})
 
 
+def window_encoder_key() -> str:
+    """Everything that windows depend on besides the picture and its bucket."""
+    return _key({"kind": "windows", "version": SALIENCY_VERSION})
+
+
 def prompt_encoder_key(base: BaseModel) -> str:
     """Everything that prompt embeddings depend on besides the caption."""
     family = base.architecture
@@ -85,17 +119,48 @@ def _key(body: Mapping[str, object]) -> str:
 
 
 def training_size(base: BaseModel, training: TrainingConfig) -> int:
-    """The side in pixels that this recipe trains at."""
-    if training.resolution == "auto":
-        return base.architecture.geometry(base.path).resolution
-    return training.resolution
+    """The side in pixels that this recipe draws and validates at: the largest that it trains at."""
+    return training_sizing(base, training).resolution
 
 
-def training_buckets(base: BaseModel, resolution: int) -> tuple[Bucket, ...]:
-    return buckets(resolution, base.architecture.geometry(base.path))
+def training_sizing(base: BaseModel, training: TrainingConfig) -> Sizing:
+    """The sizes that this recipe trains at."""
+    return sizing_of(base.architecture.geometry(base.path), training)
 
 
-def cache_key(snapshot_digest: str, base: BaseModel, resolution: int, wording: Wording) -> str:
+def sizing_of(geometry: Geometry, training: TrainingConfig) -> Sizing:
+    """The sizes that a recipe trains at on a base of this geometry."""
+    asked = geometry.resolution if training.resolution == "auto" else training.resolution
+    resolutions = asked if isinstance(asked, tuple) else (asked,)
+    return Sizing(resolutions, geometry, training.crop, training.bucket_no_upscale)
+
+
+def usual_sizing(base: BaseModel, resolution: int) -> Sizing:
+    """One resolution and nothing else asked."""
+    return sizing_of(base.architecture.geometry(base.path), TrainingConfig(resolution=resolution))
+
+
+def placements(row: SampleRow, sizing: Sizing, windows: Windows | None = None) -> tuple[Placement, ...]:
+    """How a sample's picture comes to its buckets, one for each resolution; `windows` where saliency chooses them.
+
+    Raises LatentCacheMismatch when a window that is needed is not known.
+    """
+    placed = sizing.place(row.width, row.height)
+    if sizing.crop != "smart":
+        return placed
+    return tuple(_moved(row, placement, windows or {}) for placement in placed)
+
+
+def _moved(row: SampleRow, placement: Placement, windows: Windows) -> Placement:
+    if placement.slack == (0, 0):
+        return placement
+    corner = windows.get(window_item(row, placement).key)
+    if corner is None:
+        raise LatentCacheMismatch(f"{row.file_name}: its crop is not known; run the caching stage again")
+    return placement.at(corner)
+
+
+def cache_key(snapshot_digest: str, base: BaseModel, sizing: Sizing, wording: Wording) -> str:
     return stage_key(
         "cache",
         inputs={
@@ -103,16 +168,12 @@ def cache_key(snapshot_digest: str, base: BaseModel, resolution: int, wording: W
             "pixel_encoder": pixel_encoder_key(base),
             "prompt_encoder": prompt_encoder_key(base),
         },
-        config={"resolution": resolution} | wording.settings(),
+        config=sizing.settings() | wording.settings(),
     )
 
 
-def sample_item(row: SampleRow, sizes: tuple[Bucket, ...]) -> Item:
-    return image_item(row.sha256, row.rgb_digest, assign(row.width, row.height, sizes), row.file_name)
-
-
-def framing_of(row: SampleRow, sizes: tuple[Bucket, ...]) -> Framing:
+def framing_of(row: SampleRow, placement: Placement) -> Framing:
     """How `sample_item`'s picture came to its bucket."""
-    bucket = assign(row.width, row.height, sizes)
-    _, (left, top) = placement(row.width, row.height, bucket)
-    return Framing((row.height, row.width), (top, left), (bucket.height, bucket.width))
+    bucket = placement.bucket
+    corner = max(0, placement.top), max(0, placement.left)
+    return Framing((row.height, row.width), corner, (bucket.height, bucket.width))

@@ -25,7 +25,7 @@ from components.curation.manifest import read_manifest
 from components.errors import BadInput, BaseModelError
 from components.families import FAMILIES
 from components.families.bases import HUB_ID, find_base, resolve_base
-from components.latents.buckets import buckets
+from components.latents.keys import sizing_of
 from components.layouts.names import ARCHITECTURES
 from components.layouts.tokens import Token, encoder_keys
 from components.stages import Bench
@@ -151,9 +151,8 @@ def _data(bench: Bench, run: Run, snapshot: Snapshot | None, steps: int) -> dict
     except BaseModelError:
         return {}
     geometry = FAMILIES[pipeline].geometry(path)
-    side = geometry.resolution if training.resolution == "auto" else training.resolution
     rows = read_manifest(bench.store, snapshot.digest)
-    return data_metadata(rows, snapshot.dataset, training, buckets(side, geometry), side, steps)
+    return data_metadata(rows, snapshot.dataset, training, sizing_of(geometry, training), steps)
 
 
 def _training_facts(bench: Bench, adapter: Adapter) -> dict[str, Any]:

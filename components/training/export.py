@@ -143,7 +143,7 @@ def file_metadata(
     dims = [layer.rank or 1 for layer in layers]
     alphas = [layer.scale * rank for layer, rank in zip(layers, dims, strict=True)]
     kind, asked = layers[0].kind, training.get("resolution", "auto")
-    side = origin.resolution if asked == "auto" else asked
+    side = origin.resolution if asked == "auto" else max(asked) if isinstance(asked, list | tuple) else asked
     text_rate = training.get("text_encoder_lr") or training.get("learning_rate")
     values: dict[str, Any] = {
         "ss_output_name": origin.name,

@@ -25,7 +25,7 @@ from components.evaluation.generation import Request, Settings, draw_batch
 from components.evaluation.prompts import choose_prompts
 from components.families.bases import BaseModel
 from components.families.placement import release_memory
-from components.latents.keys import NULL_PROMPT, caption_item
+from components.latents.keys import NULL_PROMPT, caption_item, training_size, training_sizing
 from components.latents.ragged import Tensors, replaced
 from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json
@@ -86,7 +86,6 @@ def fine_tune(
     rows: Sequence[SampleRow],
     base: BaseModel,
     training: TrainingConfig,
-    resolution: int,
     work_dir: Path,
     *,
     on_event: Event,
@@ -109,20 +108,19 @@ def fine_tune(
             "training.masked_loss is set, but no training picture has a mask; say where they are with masks in "
             "[[data.sources]]"
         )
-    wording = Wording.of(training)
-    prior = spread_over(given + class_rows(bench, base, training, resolution), len(repeated))
-    train = cached_samples(bench, repeated + prior, base, resolution, masked=training.masked_loss, wording=wording)
-    if prior:
-        train = replace(train, weights=(1.0,) * len(repeated) + (training.prior_loss_weight,) * len(prior))
+    wording, sizing, masked = Wording.of(training), training_sizing(base, training), training.masked_loss
+    prior = spread_over(given + class_rows(bench, base, training, sizing), len(repeated))
+    weights = [1.0] * len(repeated) + [training.prior_loss_weight] * len(prior) if prior else ()
+    train = cached_samples(bench, repeated + prior, base, sizing, masked=masked, wording=wording, weights=weights)
     held_out_rows = [row for row in rows if row.split == "test"]
     shown = _spread(held_out_rows, training.validation_items)
-    held_out = cached_samples(bench, shown, base, resolution, masked=training.masked_loss)
+    held_out = cached_samples(bench, shown, base, sizing.largest, masked=masked)
     if not train.rows:
         raise BadInput("the train split is empty; lower curation.test_fraction or add pictures")
     splits = train, held_out, held_out_rows
     release_memory()  # of what drew the class
     with tensor_cores(default_device()):
-        return _FineTuning(bench, base, training, resolution, *splits, work_dir, on_event, should_stop, processes)()
+        return _FineTuning(bench, base, training, *splits, work_dir, on_event, should_stop, processes)()
 
 
 def _spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
@@ -140,7 +138,6 @@ class _FineTuning:
         bench: Bench,
         base: BaseModel,
         training: TrainingConfig,
-        resolution: int,
         train: CachedSamples,
         held_out: CachedSamples,
         held_out_rows: Sequence[SampleRow],
@@ -149,7 +146,7 @@ class _FineTuning:
         should_stop: Callable[[], bool],
         processes: Processes,
     ):
-        self.bench, self.base, self.training, self.resolution = bench, base, training, resolution
+        self.bench, self.base, self.training = bench, base, training
         self.train, self.held_out, self.work_dir = train, held_out, work_dir
         self.on_event, self.should_stop, self.processes = on_event, should_stop, processes
         self.family, self.device = base.architecture, default_device()
@@ -266,16 +263,10 @@ class _FineTuning:
         torch.manual_seed(draw.seed * 1_000_003 + draw.step)  # for lora_dropout, the one draw that is not ours
         dropped = draw.uniform(len(batch.sample_ids), "caption") < self.training.caption_dropout_rate
         cond, latents = self._condition(batch, self.text, dropped), self._latents(batch, draw)
-        losses = self.objective.per_sample(self.denoise, latents, cond, draw, self._cells(batch, latents))
+        losses = self.objective.per_sample(
+            self.denoise, latents, cond, draw, batch.cells(latents, self.training.unmasked_weight)
+        )
         return (losses if batch.weights is None else losses * batch.weights.to(losses)).mean()
-
-    def _cells(self, batch: LatentBatch, latents: Tensor) -> Tensor | None:
-        """Factors (B, 1, h, w) on the error of the latents' cells, a family's packed ones included."""
-        if batch.mask is None:
-            return None
-        floor, (height, width) = self.training.unmasked_weight, latents.shape[-2:]
-        mask = torch.nn.functional.adaptive_avg_pool2d(batch.mask, (height, width))
-        return (floor + (1 - floor) * mask).to(latents)
 
     def _report(self, report: StepReport) -> None:
         if not self.processes.first:
@@ -388,7 +379,9 @@ class _FineTuning:
         def per_sample(positions: Sequence[int], draw: Any) -> Tensor:
             batch = self.held_out.batch(positions)
             cond, latents = self._condition(batch, text), self._latents(batch, draw)
-            return objective.per_sample(self._denoise, latents, cond, draw, self._cells(batch, latents)).cpu()
+            return objective.per_sample(
+                self._denoise, latents, cond, draw, batch.cells(latents, self.training.unmasked_weight)
+            ).cpu()
 
         held_out, times = self.held_out, self.training.validation_times
         losses = validation_losses(per_sample, held_out.ids, times, held_out.buckets)
@@ -402,7 +395,12 @@ class _FineTuning:
         parts = self.text.pipeline_parts if self.text else {}
         pipeline = self.family.load_pipeline(self.base.path, self.device, self.dtype, self.denoiser, **parts)
         settings = Settings(
-            PREVIEW_STEPS, PREVIEW_GUIDANCE, "auto", self.resolution, len(self.preview_prompts), torch.get_num_threads()
+            PREVIEW_STEPS,
+            PREVIEW_GUIDANCE,
+            "auto",
+            training_size(self.base, self.training),
+            len(self.preview_prompts),
+            torch.get_num_threads(),
         )
         requests = [Request(i, text, group, seed=i) for i, (text, group) in enumerate(self.preview_prompts)]
         for i, image in enumerate(draw_batch(pipeline, requests, settings)):

@@ -15,12 +15,13 @@ from components.curation.manifest import SampleRow
 from components.curation.pixels import decode, rgb_digest
 from components.evaluation.generation import Picture, Request, Settings, draw_gallery
 from components.families.bases import BaseModel
+from components.latents.buckets import Sizing
 from components.latents.caching import cache_latents
 from components.latents.wording import Wording
 from components.stages import Bench
 
 
-def class_rows(bench: Bench, base: BaseModel, training: TrainingConfig, resolution: int) -> list[SampleRow]:
+def class_rows(bench: Bench, base: BaseModel, training: TrainingConfig, sizing: Sizing) -> list[SampleRow]:
     """The class's pictures as samples whose latents and caption are in the cache; empty without a class prompt.
 
     Their seeds count from 0: asking for more later draws only what is missing of whole micro-batches.
@@ -28,12 +29,12 @@ def class_rows(bench: Bench, base: BaseModel, training: TrainingConfig, resoluti
     prompt, count = training.class_prompt, training.num_class_images
     if prompt is None:
         return []
-    settings = Settings.of(EvaluationConfig(), resolution)
+    settings = Settings.of(EvaluationConfig(), sizing.resolution)
     settings = replace(settings, batch_size=min(settings.batch_size, count))
     requests = [Request(0, prompt, None, seed) for seed in range(count)]
     pictures = draw_gallery(bench, base, None, requests, settings, run_uid=None, on_progress=lambda drawn: None)
     rows = [_row(bench, picture, prompt) for picture in pictures]
-    cache_latents(bench, rows, base, resolution, lambda done, total: None, wording=Wording.of(training))
+    cache_latents(bench, rows, base, sizing, lambda done, total: None, wording=Wording.of(training))
     return rows
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from components.config import TrainingConfig
 from components.curation.manifest import SampleRow
-from components.latents.buckets import Bucket, assign
+from components.latents.buckets import Bucket, Sizing
 
 MOST_TAGS = 500  # in a header, the most frequent; captions that are sentences are hardly ever alike
 MOST_FOLDERS = 50
@@ -21,17 +21,18 @@ Folder = tuple[str, int]  # name and repeats
 
 
 def data_metadata(
-    rows: Sequence[SampleRow], dataset: str, training: TrainingConfig, sizes: Sequence[Bucket], side: int, steps: int
+    rows: Sequence[SampleRow], dataset: str, training: TrainingConfig, sizing: Sizing, steps: int
 ) -> dict[str, Any]:
-    """Counts, epochs, buckets, folders and tags after `steps` steps at `side` pixels, by header key; None: left out.
+    """Counts, epochs, buckets, folders and tags after `steps` steps at these sizes, by header key; None: left out.
 
     Pictures in no folder are those of `dataset`. As in kohya's trainers a picture counts as often as it is repeated,
-    except among the tags and in its folder's `img_count`.
+    and at each resolution, except among the tags and in its folder's `img_count`.
     """
     train, given = ([row for row in rows if row.split == "train" and row.is_reg is is_reg] for is_reg in (False, True))
-    images = sum(row.repeats for row in train)
+    each = len(sizing.resolutions)
+    images = each * sum(row.repeats for row in train)
     drawn = training.num_class_images if training.class_prompt else 0
-    class_images = drawn + sum(row.repeats for row in given)
+    class_images = each * (drawn + sum(row.repeats for row in given))
     epoch = images * (2 if class_images else 1)  # as many pictures of the class as of the data
     passes = training.gradient_accumulation_steps * training.num_processes
     batches = math.ceil(epoch / training.train_batch_size)
@@ -40,6 +41,7 @@ def data_metadata(
         return math.ceil(count * passes / batches)
 
     folders = _folders(train, dataset)
+    sizes = {size for resolution in sizing.resolutions for size in sizing.buckets_of(resolution)}
     sides = [side for size in sizes for side in (size.width, size.height)]
     bucketed = {"enable_bucket": len(sizes) > 1, "min_bucket_reso": min(sides), "max_bucket_reso": max(sides)}
     about = {
@@ -48,7 +50,7 @@ def data_metadata(
         "num_reg_images": class_images,
         **bucketed,
     }
-    buckets = _bucket_info(train, tuple(sizes))
+    buckets, side = _bucket_info(train, sizing), sizing.resolution
     subsets = [
         {
             "image_dir": name,
@@ -65,6 +67,7 @@ def data_metadata(
     named = _named(folders)
     return {
         **{f"ss_{key}": value for key, value in about.items()},
+        "ss_bucket_no_upscale": sizing.no_upscale,
         "ss_num_validation_images": sum(row.split == "test" for row in rows),
         "ss_num_batches_per_epoch": batches,
         "ss_num_epochs": epochs(training.max_train_steps),
@@ -110,8 +113,8 @@ def _tag_frequency(named: dict[str, list[SampleRow]], separator: str) -> dict[st
     return frequency
 
 
-def _bucket_info(rows: Sequence[SampleRow], sizes: tuple[Bucket, ...]) -> dict[str, Any]:
-    placed = [(row, assign(row.width, row.height, sizes)) for row in rows]
+def _bucket_info(rows: Sequence[SampleRow], sizing: Sizing) -> dict[str, Any]:
+    placed = [(row, place.bucket) for row in rows for place in sizing.place(row.width, row.height)]
     counts: Counter[Bucket] = Counter()
     for row, bucket in placed:
         counts[bucket] += row.repeats

@@ -85,15 +85,17 @@ def _cache(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
     from components.curation.manifest import read_manifest
     from components.families.bases import resolve_base
     from components.latents.caching import cache_latents
+    from components.latents.keys import training_sizing
     from components.latents.wording import Wording
 
+    base, training = resolve_base(BaseModelConfig(**request["base"])), TrainingConfig(**request["training"])
     return cache_latents(
         bench,
         read_manifest(bench.store, request["snapshot"]),
-        resolve_base(BaseModelConfig(**request["base"])),
-        request["resolution"],
+        base,
+        training_sizing(base, training),
         _progress(emit),
-        wording=Wording.of(TrainingConfig(**request["training"])),
+        wording=Wording.of(training),
     )
 
 
@@ -116,7 +118,6 @@ def _fine_tune(bench: Bench, request: dict[str, Any], emit: Event) -> Product:
             read_manifest(bench.store, request["snapshot"]),
             resolve_base(BaseModelConfig(**request["base"])),
             training,
-            request["resolution"],
             work_dir,
             on_event=emit,
             should_stop=_stop.is_set,

@@ -28,9 +28,10 @@ from components.latents.keys import (
     NULL_PROMPT,
     caption_item,
     pixel_encoder_key,
+    placements,
     prompt_encoder_key,
     sample_item,
-    training_buckets,
+    usual_sizing,
 )
 from components.stages import Bench
 from components.tensors import default_device
@@ -122,7 +123,7 @@ def cache_noise(bench: Bench, base: BaseModel, geometry: Geometry) -> list[Sampl
         shapes = {name: shape for name, shape in geometry.cond.items() if name != "time_ids"}
         return {name: torch.randn(len(batch), *shape).to(stored) for name, shape in shapes.items()}
 
-    items = [sample_item(row, training_buckets(base, side)) for row in rows]
+    items = [sample_item(row, *placements(row, usual_sizing(base, side))) for row in rows]
     encode_missing(bench, pixel_encoder_key(base), items, pictures, lambda count: None)
     texts = [caption_item(text) for text in (*(row.text for row in rows), NULL_PROMPT)]
     encode_missing(bench, prompt_encoder_key(base), texts, captions, lambda count: None)
@@ -169,10 +170,11 @@ def measure(
     rows = cache_noise(bench, base, geometry)
     steps = warm_up + timed
     changes = {"train_batch_size": batch, "max_train_steps": steps, "checkpointing_steps": steps}
+    changes |= {"resolution": geometry.side}
     training = TrainingConfig.model_validate(CONFIG | changes | ARMS[arm])
     clock = Clock(warm_up)
     work = folder / f"{name}-work"
-    fine_tune(bench, rows, base, training, geometry.side, work, on_event=clock, should_stop=lambda: False)
+    fine_tune(bench, rows, base, training, work, on_event=clock, should_stop=lambda: False)
     spent = clock.milliseconds()
     step_ms = sum(spent) / len(spent)
     cuda = torch.cuda.is_available()

@@ -28,7 +28,7 @@ from components.families.bases import BaseModel, resolve_base
 from components.latents.buckets import Bucket, fit
 from components.latents.caching import cache_latents
 from components.latents.encoding import MICRO_BATCH
-from components.latents.keys import cache_key, pixel_encoder_key, sample_item, training_buckets
+from components.latents.keys import cache_key, pixel_encoder_key, placements, sample_item, usual_sizing
 from components.latents.reading import ShardReader, locate
 from components.latents.wording import Wording
 from components.stages import Bench, Product, ensure
@@ -63,14 +63,14 @@ def ours(request: dict[str, Any]) -> Run:
         digest = snapshot_of(bench, recipe, size)
     with clock.measure("encode"):
         rows = read_manifest(bench.store, digest)
-        key = cache_key(digest, base, size, Wording())
+        key = cache_key(digest, base, usual_sizing(base, size), Wording())
         if request["processes"] == 1:
             result = ensure(bench, "cache", key, lambda: cached(bench, rows, base, size))
             encoded = 0 if result.outcome == "reused" else result.product.facts["encoded_images"]
         else:
             bench.catalog.engine.dispose()
             encoded = in_processes(request["processes"], lambda: cached(Bench.open(home), rows, base, size))
-    items = [sample_item(row, training_buckets(base, size)) for row in rows]
+    items = [sample_item(row, *placements(row, usual_sizing(base, size))) for row in rows]
     keys = [item.key for item in items]
     latents = ShardReader(bench.store, locate(bench.catalog, pixel_encoder_key(base), keys))(keys)
     save(request, {row.file_name: i for i, row in enumerate(rows)}, latents)
@@ -89,7 +89,7 @@ def snapshot_of(bench: Bench, recipe: Recipe, size: int) -> str:
 
 
 def cached(bench: Bench, rows: list[SampleRow], base: BaseModel, size: int) -> Product:
-    return cache_latents(bench, rows, base, size, lambda done, total: None)
+    return cache_latents(bench, rows, base, usual_sizing(base, size), lambda done, total: None)
 
 
 def in_processes(count: int, work: Callable[[], Product]) -> int:

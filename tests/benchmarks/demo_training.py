@@ -17,6 +17,7 @@ from components.curation.snapshots import curate, curate_key
 from components.demo.icons import write_icons
 from components.families.bases import resolve_base
 from components.latents.caching import cache_latents
+from components.latents.keys import usual_sizing
 from components.stages import Bench, ensure
 from components.training.finetune import fine_tune
 from components.workspace import Workspace
@@ -62,7 +63,7 @@ def run(request: dict[str, Any]) -> Run:
         lambda: curate(bench, recipe.data, recipe.curation, **sizes, scanned=scanned, key=key),
     )
     rows = read_manifest(bench.store, curated.product.facts["digest"])
-    cache_latents(bench, rows, base, 64, lambda done, total: None)
+    cache_latents(bench, rows, base, usual_sizing(base, 64), lambda done, total: None)
     cpu_s: list[float] = []
 
     def look_on(event: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ def run(request: dict[str, Any]) -> Run:
             cpu_s.append(time.process_time())
 
     work = folder / "work"
-    trained = fine_tune(bench, rows, base, recipe.training, 64, work, on_event=look_on, should_stop=lambda: False)
+    trained = fine_tune(bench, rows, base, recipe.training, work, on_event=look_on, should_stop=lambda: False)
     return {
         "trained_parameters": trained.facts["trained_parameters"],
         "cpu_s_per_step": round(median(later - earlier for earlier, later in pairwise(cpu_s)), 4),

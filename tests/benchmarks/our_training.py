@@ -28,10 +28,11 @@ from components.latents.keys import (
     Item,
     caption_item,
     pixel_encoder_key,
+    placements,
     prompt_encoder_key,
     sample_item,
-    training_buckets,
     training_size,
+    training_sizing,
 )
 from components.latents.reading import ShardReader, locate
 from components.stages import Bench
@@ -126,7 +127,6 @@ class Prepared:
     base: BaseModel
     rows: tuple[SampleRow, ...]
     training: Any
-    resolution: int
 
     @classmethod
     def open(cls, home: Path, recipe_path: Path) -> "Prepared":
@@ -140,12 +140,12 @@ class Prepared:
             bench, recipe.data, recipe.curation, dataset=recipe.name, training_size=size, scanned=scanned, key=key
         )
         rows = tuple(read_manifest(bench.store, product.facts["digest"]))
-        return cls(bench, base, rows, recipe.training, size)
+        return cls(bench, base, rows, recipe.training)
 
     def items(self) -> dict[str, Item]:
         """By file name."""
-        sizes = training_buckets(self.base, self.resolution)
-        return {Path(row.file_name).name: sample_item(row, sizes) for row in self.rows}
+        sizing = training_sizing(self.base, self.training)
+        return {Path(row.file_name).name: sample_item(row, *placements(row, sizing)) for row in self.rows}
 
     def cache(self) -> None:
         """The caching stage; latents in float32, where its own are float16, so that losses can be compared."""
@@ -159,7 +159,9 @@ class Prepared:
         encode_missing(
             self.bench, pixel_encoder_key(self.base), list(self.items().values()), encode, lambda count: None
         )
-        cache_latents(self.bench, self.rows, self.base, self.resolution, lambda done, total: None)
+        cache_latents(
+            self.bench, self.rows, self.base, training_sizing(self.base, self.training), lambda done, total: None
+        )
 
     def write_latents(self, path: Path) -> None:
         """Each picture's moments (2 C, h, w), as the autoencoder puts them, and its prompt embedding (L, D)."""
@@ -196,7 +198,6 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         prepared.rows,
         prepared.base,
         prepared.training,
-        prepared.resolution,
         Path(request["home"]) / "work",
         on_event=look_on,
         should_stop=lambda: False,

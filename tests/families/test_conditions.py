@@ -17,7 +17,7 @@ from components.families.bases import BaseModel, find_base, resolve_base
 from components.families.family import Framing
 from components.families.flux import Flux, image_ids, packed, unpacked
 from components.families.stable_diffusion_xl import StableDiffusionXL
-from components.latents.buckets import Bucket, fit
+from components.latents.buckets import Bucket, cover, fit
 from components.latents.keys import framing_of, prompt_encoder_key
 from flows.demo import RECIPE
 from tests.families.members import (
@@ -56,12 +56,13 @@ def test_time_ids_are_the_stock_pipelines_for_the_same_sizes_and_crop(sdxl: Path
 @pytest.mark.parametrize(("width", "height"), [(64, 40), (40, 64), (33, 32), (32, 32), (500, 31)])
 def test_a_samples_framing_says_what_fitting_it_into_its_bucket_does(width: int, height: int):
     row = SampleRow("", "", "x.png", "", None, "0", "train", width, height, None, None, None, 1)
-    framing = framing_of(row, (Bucket(32, 32),))
+    placement = cover(width, height, Bucket(32, 32))
+    framing = framing_of(row, placement)
     assert framing.original == (height, width) and framing.target == (32, 32)
     image = Image.effect_noise((width, height), 80).convert("RGB")
     (top, left), scale = framing.crop, max(32 / width, 32 / height)
     resized = image.resize((max(32, round(width * scale)), max(32, round(height * scale))), Image.Resampling.LANCZOS)
-    assert fit(image, Bucket(32, 32)).tobytes() == resized.crop((left, top, left + 32, top + 32)).tobytes()
+    assert fit(image, placement).tobytes() == resized.crop((left, top, left + 32, top + 32)).tobytes()
 
 
 @pytest.mark.parametrize("zeros", [True, False])

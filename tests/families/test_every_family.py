@@ -22,7 +22,14 @@ from components.families.bases import BaseModel, resolve_base
 from components.families.family import Framing
 from components.latents.caching import cache_latents
 from components.latents.encoding import pixels_of
-from components.latents.keys import caption_item, pixel_encoder_key, prompt_encoder_key, sample_item, training_buckets
+from components.latents.keys import (
+    caption_item,
+    pixel_encoder_key,
+    placements,
+    prompt_encoder_key,
+    sample_item,
+    usual_sizing,
+)
 from components.latents.ragged import shortened, stacked
 from components.latents.reading import ShardReader, locate
 from components.layouts.skeleton import skeleton_of
@@ -76,7 +83,8 @@ class Trial:
 
     @cached_property
     def cached(self) -> Product:
-        return cache_latents(self.bench, self.rows, self.base, self.member.side, lambda done, total: None)
+        sizing = usual_sizing(self.base, self.member.side)
+        return cache_latents(self.bench, self.rows, self.base, sizing, lambda done, total: None)
 
     @cached_property
     def training(self) -> TrainingConfig:
@@ -103,7 +111,6 @@ class Trial:
             self.rows,
             self.base,
             TrainingConfig.model_validate(self.training.model_dump() | changes),
-            self.member.side,
             self.folder / work,
             on_event=events.append,
             should_stop=lambda: stop_after is not None and sum("loss" in event for event in events) >= stop_after,
@@ -177,7 +184,7 @@ def test_cached_embeddings_are_those_of_the_encoder_in_the_familys_precision(tri
     for name, tensor in exact.items():
         assert cached[name].dtype == (getattr(torch, family.precision) if tensor.is_floating_point() else tensor.dtype)
         torch.testing.assert_close(cached[name].to(tensor), tensor, rtol=tolerance, atol=1e-6)
-    picture = [sample_item(trial.rows[0], training_buckets(base, trial.member.side)).key]
+    picture = [sample_item(trial.rows[0], *placements(trial.rows[0], usual_sizing(base, trial.member.side))).key]
     latents = ShardReader(trial.bench.store, locate(trial.bench.catalog, pixel_encoder_key(base), picture))(picture)
     assert {tensor.dtype for tensor in latents.values()} == {torch.float16}
     kept = " and ".join(f"`{name}`" for name in sorted(latents, reverse=True))
@@ -189,8 +196,8 @@ def test_the_stock_pipeline_decodes_our_latents_as_what_its_autoencoder_encoded(
 ):
     """Scaling, shift and packing, undone by the stock pipeline: what reaches its decoder is the encoder's own mean."""
     family, base, pipeline = trial.base.architecture, trial.base, trial.untouched
-    sizes = training_buckets(base, trial.member.side)
-    pixels = pixels_of(trial.bench.store, [sample_item(row, sizes) for row in trial.rows[:2]])
+    sizing = usual_sizing(base, trial.member.side)
+    pixels = pixels_of(trial.bench.store, [sample_item(row, *placements(row, sizing)) for row in trial.rows[:2]])
     encoded = family.load_pixel_encoder(base.path, "cpu").encode(pixels)
     latents = family.scaled_latents(base.path)(encoded, torch.zeros)
     assert latents.shape[1] == family.geometry(base.path).channels

@@ -184,6 +184,7 @@ keep_tokens = 1
 caption_extension = ".caption"
 [[datasets]]
 resolution = 512
+bucket_no_upscale = false
 batch_size = 4
 caption_extension = ".txt"
   [[datasets.subsets]]
@@ -210,6 +211,7 @@ def test_the_lower_level_of_a_dataset_configuration_wins_and_folder_names_mean_n
     training = done.recipe.training
     assert (training.resolution, training.train_batch_size, training.shuffle_caption, training.keep_tokens) == (
         512, 4, True, 2)
+    assert training.bucket_no_upscale is False
     assert "did you mean 'num_repeats'?" in said(done, "datasets.0.subsets.1.num_repaets", "unknown")
     assert "as they are" in said(done, "datasets.0.subsets.1.flip_aug", "ignored")
 
@@ -265,7 +267,7 @@ def test_ai_toolkits_trigger_is_not_put_into_captions_of_the_class(tmp_path: Pat
     assert (first.trigger, first.repeats, first.caption_extension) == ("sks", 2, ".txt")
     assert first.masks == str(tmp_path / "masks")
     assert (second.trigger, second.is_reg, second.class_tokens) == (None, True, "a dog")
-    assert (done.recipe.training.resolution, done.recipe.training.prior_loss_weight) == (768, 0.5)
+    assert (done.recipe.training.resolution, done.recipe.training.prior_loss_weight) == ((768, 512), 0.5)
     assert done.recipe.training.masked_loss
 
 

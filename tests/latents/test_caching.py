@@ -15,6 +15,7 @@ from sqlalchemy import select
 from transformers import CLIPTextModel
 
 from components.catalog.models import EncodedItem
+from components.curation.manifest import SampleRow
 from components.errors import DamagedArtifact, TrainingDiverged
 from components.families.stable_diffusion import StableDiffusion
 from components.latents.encoding import encode_missing, pixels_of
@@ -22,9 +23,10 @@ from components.latents.keys import (
     Item,
     caption_item,
     pixel_encoder_key,
+    placements,
     prompt_encoder_key,
     sample_item,
-    training_buckets,
+    usual_sizing,
 )
 from components.latents.pieces import Pieces
 from components.latents.reading import Held, ShardReader, Watch, locate
@@ -103,7 +105,7 @@ def test_another_resolution_encodes_every_picture_again_and_the_old_one_reuses(c
 def test_a_damaged_shard_is_noticed_and_its_items_are_encoded_again(chain: Chain):
     product = chain.cache(chain.recipe())
     rows, base = chain.curate(chain.recipe()), chain.base()
-    place = locate(chain.bench.catalog, pixel_encoder_key(base), [sample_item(rows[0], sizes(chain)).key])
+    place = locate(chain.bench.catalog, pixel_encoder_key(base), [item_of(chain, rows[0]).key])
     ((shard, _),) = place.values()
     path = chain.bench.store.path(shard)
     data = bytearray(path.read_bytes())
@@ -113,8 +115,8 @@ def test_a_damaged_shard_is_noticed_and_its_items_are_encoded_again(chain: Chain
     assert chain.cache(chain.recipe()).outputs == product.outputs
 
 
-def sizes(chain: Chain):
-    return training_buckets(chain.base(), 32)
+def item_of(chain: Chain, row: SampleRow) -> Item:
+    return sample_item(row, *placements(row, usual_sizing(chain.base(), 32)))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_cached_latents_and_embeddings_are_what_the_stock_pipeline_makes(chain: 
     chain.cache(chain.recipe())
     rows, base = chain.curate(chain.recipe())[:3], chain.base()
     pipeline = base.architecture.load_pipeline(base.path, "cpu", torch.float32)
-    items = [sample_item(row, sizes(chain)) for row in rows]
+    items = [item_of(chain, row) for row in rows]
     keys = [item.key for item in items]
     cached = ShardReader(chain.bench.store, locate(chain.bench.catalog, pixel_encoder_key(base), keys))(keys)
     with torch.no_grad():
@@ -158,7 +160,7 @@ def test_cached_latents_and_embeddings_are_what_the_stock_pipeline_makes(chain: 
 def test_rows_are_read_by_sample_whatever_order_they_are_asked_in(chain: Chain):
     chain.cache(chain.recipe())
     rows, base = chain.curate(chain.recipe()), chain.base()
-    keys = [sample_item(row, sizes(chain)).key for row in rows]
+    keys = [item_of(chain, row).key for row in rows]
     reader = ShardReader(chain.bench.store, locate(chain.bench.catalog, pixel_encoder_key(base), keys))
     forward, backward = reader(keys)["mean"], reader(keys[::-1])["mean"]
     assert torch.equal(forward, backward.flip(0))
@@ -168,7 +170,7 @@ def test_bits_depend_neither_on_the_order_nor_on_the_company_in_which_an_item_is
     chain.cache(chain.recipe())
     rows, base = chain.curate(chain.recipe()), chain.base()
     encoder = base.architecture.load_pixel_encoder(base.path, "cpu")
-    items = [sample_item(row, sizes(chain)) for row in rows[:11]]
+    items = [item_of(chain, row) for row in rows[:11]]
 
     def encoded(name: str, order: list[Item]) -> torch.Tensor:
         encode_missing(
@@ -249,7 +251,7 @@ def test_what_a_killed_process_had_encoded_is_taken_up_and_a_damaged_piece_is_en
 def first_shard(chain: Chain) -> tuple[str, list[str], dict[str, tuple[str, int]]]:
     """A shard of pictures, its keys, and where everything lies."""
     chain.cache(chain.recipe())
-    keys = [sample_item(row, sizes(chain)).key for row in chain.curate(chain.recipe())]
+    keys = [item_of(chain, row).key for row in chain.curate(chain.recipe())]
     places = locate(chain.bench.catalog, pixel_encoder_key(chain.base()), keys)
     ((shard, _), *_) = places.values()
     return shard, keys, places

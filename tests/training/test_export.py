@@ -293,6 +293,7 @@ def test_every_layouts_header_names_data_base_and_run_but_no_local_path(bench: B
         "ss_noise_offset": "0.0",
         "ss_resolution": "(32, 32)",
         "ss_enable_bucket": "False",  # the tiny base takes squares
+        "ss_bucket_no_upscale": "True",
         "ss_num_train_images": "4",
         "ss_num_validation_images": "1",
         "ss_num_reg_images": "100",

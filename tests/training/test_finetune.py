@@ -14,7 +14,6 @@ from safetensors.torch import load
 from components.errors import BaseModelError, Stopped, TrainingDiverged
 from components.families import family
 from components.garbage import survey, sweep
-from components.latents.keys import training_size
 from components.training import finetune
 from components.training.checkpoints import MANIFEST_NAME, save_checkpoint
 from components.training.worker import STAGES
@@ -141,7 +140,6 @@ def test_two_processes_fine_tune_like_one_with_twofold_accumulation(chain: Chain
         "snapshot": chain.snapshot(chain.recipe()),
         "base": {"model": str(chain.base_path)},
         "training": chain.recipe(*STATES, *PIVOTAL, "training.num_processes=2").training.model_dump(mode="json"),
-        "resolution": training_size(chain.base(), chain.recipe().training),
     }
     events: list[dict] = []
     shared = STAGES["fine-tune"](chain.bench, request, events.append)

@@ -15,7 +15,7 @@ from components.curation.snapshots import curate
 from components.diffusion.draws import Draw
 from components.diffusion.objectives import objective_from_scheduler
 from components.errors import BadInput, RecipeError, Stopped
-from components.latents.keys import mask_encoder_key, mask_item, training_buckets
+from components.latents.keys import mask_encoder_key, mask_item, placements, usual_sizing
 from components.latents.reading import ShardReader, locate
 from components.stages import Bench
 from tests.chain import Chain
@@ -151,7 +151,7 @@ def test_white_masks_train_to_the_bytes_of_no_masks_and_others_do_not(tmp_path: 
 def test_a_cells_weight_is_the_mean_of_its_pixels(tmp_path: Path):
     chain = masked_chain(tmp_path / "grey", 51)
     row = chain.curate(chain.recipe())[0]
-    item = mask_item(row, training_buckets(chain.base(), SIDE))
+    item = mask_item(row, *placements(row, usual_sizing(chain.base(), SIDE)))
     assert item is not None
     reader = ShardReader(chain.bench.store, locate(chain.bench.catalog, mask_encoder_key(chain.base()), [item.key]))
     cells = reader([item.key])["mask"]

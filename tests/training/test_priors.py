@@ -10,6 +10,7 @@ import pytest
 from components.config import BaseModelConfig
 from components.errors import RecipeError, Stopped
 from components.families.bases import resolve_base
+from components.latents.keys import usual_sizing
 from components.training import priors
 from components.training.order import epoch_order
 from components.training.priors import class_rows, spread_over
@@ -40,7 +41,7 @@ def test_the_class_is_drawn_by_the_base_once_and_found_by_content_afterwards(
 ):
     base = resolve_base(BaseModelConfig(model=str(chain.base_path)))
     training = chain.recipe(*CLASS).training
-    rows = class_rows(chain.bench, base, training, 32)
+    rows = class_rows(chain.bench, base, training, usual_sizing(base, 32))
     assert [(row.text, row.split, row.width, row.height) for row in rows] == [("a sign", "train", 32, 32)] * 2
     assert len({row.sha256 for row in rows}) == 2
 
@@ -48,13 +49,14 @@ def test_the_class_is_drawn_by_the_base_once_and_found_by_content_afterwards(
         raise AssertionError("a pipeline was opened although every picture of the class is known")
 
     monkeypatch.setattr("components.evaluation.generation.open_pipeline", nobody)
-    assert class_rows(chain.bench, base, training, 32) == rows
-    assert class_rows(chain.bench, base, chain.recipe().training, 32) == []
-    assert priors.cache_latents(chain.bench, rows, base, 32, lambda done, total: None).items == 0
+    assert class_rows(chain.bench, base, training, usual_sizing(base, 32)) == rows
+    assert class_rows(chain.bench, base, chain.recipe().training, usual_sizing(base, 32)) == []
+    assert priors.cache_latents(chain.bench, rows, base, usual_sizing(base, 32), lambda done, total: None).items == 0
 
 
 def test_as_many_class_pictures_as_samples_each_as_often_as_the_others(chain: Chain):
-    rows = class_rows(chain.bench, chain.base(), chain.recipe(*CLASS).training, 32)
+    base = chain.base()
+    rows = class_rows(chain.bench, base, chain.recipe(*CLASS).training, usual_sizing(base, 32))
     spread = spread_over(rows, 5)
     assert [row.sha256 for row in spread] == [rows[i].sha256 for i in (0, 1, 0, 1, 0)]
     assert spread_over([], 5) == []
@@ -62,8 +64,9 @@ def test_as_many_class_pictures_as_samples_each_as_often_as_the_others(chain: Ch
 
 def test_the_class_comes_between_the_data_instead_of_one_after_the_other(chain: Chain):
     data = [row for row in chain.curate(chain.recipe()) if row.split == "train"]
-    prior = spread_over(class_rows(chain.bench, chain.base(), chain.recipe(*CLASS).training, 32), len(data))
-    samples = cached_samples(chain.bench, data + prior, chain.base(), 32, masked=False)
+    base, sizing = chain.base(), usual_sizing(chain.base(), 32)
+    prior = spread_over(class_rows(chain.bench, base, chain.recipe(*CLASS).training, sizing), len(data))
+    samples = cached_samples(chain.bench, data + prior, base, sizing, masked=False)
     weighted = replace(samples, weights=(1.0,) * len(samples.rows))
     classes = [position >= len(data) for position in epoch_order(0, 0, weighted.ids)]
     longest = max(len(list(run)) for _, run in groupby(classes))

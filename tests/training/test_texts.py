@@ -13,11 +13,11 @@ from PIL import Image, ImageChops
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from components.config import TEXT_SETTINGS, TrainingConfig, looking_at
+from components.config import SIZE_SETTINGS, TEXT_SETTINGS, TrainingConfig, looking_at
 from components.diffusion.draws import Draw
 from components.errors import BadInput, RecipeError
 from components.evaluation.generation import Request, Settings, draw_batch, open_pipeline
-from components.latents.keys import cache_key, caption_item
+from components.latents.keys import cache_key, caption_item, usual_sizing
 from components.latents.wording import Wording
 from components.layouts.files import read_adapter
 from components.layouts.skeleton import skeleton_of
@@ -171,7 +171,14 @@ def test_the_texts_of_a_batch_are_those_that_its_embeddings_were_made_of(chain: 
     recipe = chain.recipe("training.shuffle_caption=true", "training.caption_wordings=4")
     chain.cache(recipe)
     rows = [row for row in chain.curate(recipe) if row.split == "train"]
-    samples = cached_samples(chain.bench, rows, chain.base(), 32, masked=False, wording=Wording.of(recipe.training))
+    samples = cached_samples(
+        chain.bench,
+        rows,
+        chain.base(),
+        usual_sizing(chain.base(), 32),
+        masked=False,
+        wording=Wording.of(recipe.training),
+    )
     batch = samples.batch(range(12))
     drawn = samples.reworded(batch, Draw(0, 5, batch.sample_ids))
     assert batch.texts != drawn.texts
@@ -200,8 +207,8 @@ def test_a_recipe_without_a_text_side_has_the_key_that_it_had_before_there_was_a
         fine_tune_key(chain.recipe(*settings(**asked)), base, "snapshot")
         for asked in ({}, {"train_text_encoder": True}, TOKEN, BOTH)
     )
-    earlier = chain.recipe().training.model_dump(mode="json", exclude={"init_adapter", *TEXT_SETTINGS})
-    inputs = {"cache": cache_key("snapshot", base, 32, Wording()), "base": base.digest}
+    earlier = chain.recipe().training.model_dump(mode="json", exclude={"init_adapter", *SIZE_SETTINGS, *TEXT_SETTINGS})
+    inputs = {"cache": cache_key("snapshot", base, usual_sizing(base, 32), Wording()), "base": base.digest}
     assert plain == stage_key("fine-tune", inputs=inputs, config=earlier)
     assert len({plain, *others}) == 4
 

@@ -11,7 +11,7 @@ from components.curation.manifest import SampleRow, read_manifest
 from components.curation.snapshots import curate
 from components.diffusion.draws import Draw
 from components.errors import RecipeError, Stopped
-from components.latents.keys import cache_key
+from components.latents.keys import cache_key, usual_sizing
 from components.latents.wording import Wording
 from components.training.samples import cached_samples
 from tests.chain import Chain
@@ -71,7 +71,10 @@ def test_without_the_settings_captions_are_as_written_and_the_caches_key_is_what
     assert plain.texts(row(TAGS)) == (TAGS,)
     assert plain.texts(row("one", "two", "one")) == ("one", "two")
     assert plain.settings() == {}
-    keys = {cache_key("d", chain.base(), 32, wording) for wording in (plain, shuffled(), shuffled(keep_tokens=1))}
+    keys = {
+        cache_key("d", chain.base(), usual_sizing(chain.base(), 32), wording)
+        for wording in (plain, shuffled(), shuffled(keep_tokens=1))
+    }
     assert len(keys) == 3
 
 
@@ -83,7 +86,9 @@ def test_every_wording_is_encoded_once_and_the_step_sees_the_drawn_ones_embeddin
     assert chain.cache(recipe).facts["encoded_captions"] == 0
     texts = {text for r in rows for text in wording.texts(r)} | {r.text for r in chain.curate(recipe)} | {""}
     assert first == len(texts)
-    samples = cached_samples(chain.bench, rows, chain.base(), 32, masked=False, wording=wording)
+    samples = cached_samples(
+        chain.bench, rows, chain.base(), usual_sizing(chain.base(), 32), masked=False, wording=wording
+    )
     encoder = chain.base().architecture.load_prompt_encoder(chain.base_path, "cpu")
     seen = set()
     for step in range(24):
