@@ -414,9 +414,10 @@ class TrainingConfig(Config):
         """A list in one order, since its order means nothing; of one it is that one."""
         if not isinstance(resolution, tuple):
             return resolution
-        if len(set(resolution)) < max(1, len(resolution)):
+        sizes = sorted(resolution, reverse=True)
+        if len(set(sizes)) < max(1, len(sizes)):
             raise ValueError(f"{list(resolution)}, expected at least one size and each once")
-        return tuple(sorted(resolution, reverse=True)) if len(resolution) > 1 else resolution[0]
+        return tuple(sizes) if len(sizes) > 1 else sizes[0]
 
     @field_validator("placeholder_token")
     @classmethod

@@ -203,7 +203,7 @@ def _size_in_header(item: Item) -> tuple[int, int] | None:
 
 def _csv(order: Iterable[Placed]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, LISTED)
+    writer: csv.DictWriter[str] = csv.DictWriter(text, LISTED)
     writer.writeheader()
     for one in order:
         for crop in one.crops:
