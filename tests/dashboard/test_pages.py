@@ -195,8 +195,8 @@ def test_a_caption_written_on_the_page_is_kept_as_a_version_of_the_viewers(
     writable: Seeded, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SAFELIGHT_HOME", str(writable.bench.workspace.home))
-    monkeypatch.setenv("SAFELIGHT_REVIEWER", "Ada")
     app = page("datasets", snapshot="app-icons v2")
+    app.session_state["reviewer"] = "Ada"
     file_name = app.selectbox(key="captioned-file").value
     app.text_area[0].set_value("a rocket at dawn")
     app.button[0].click()
