@@ -52,7 +52,7 @@ class LatentBatch:
         """Factors (B, 1, h, w) on the error of the latents' cells, a family's packed ones included; padding has 0."""
         if self.mask is None:
             return None
-        size = latents.shape[-2:]
+        size = (latents.shape[-2], latents.shape[-1])
         mask = torch.nn.functional.adaptive_avg_pool2d(self.mask, size)
         content = 1.0 if self.content is None else torch.nn.functional.adaptive_avg_pool2d(self.content, size)
         return (unmasked_weight * content + (1 - unmasked_weight) * mask).to(latents)
