@@ -29,7 +29,7 @@ WORST = 20  # crops on the sheet
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on width and height change places
 EXIF_LAST = "PNG"  # the format that may state it behind the pixels, where reading it would decode them
 QUERY_ITEMS = 500  # digests in one SQL statement
-LISTED = ("file_name", "width", "height", "bucket", "scale", "cropped", "padded")
+LISTED: tuple[str, ...] = ("file_name", "width", "height", "bucket", "scale", "cropped", "padded")
 
 
 @dataclass(frozen=True, slots=True)
