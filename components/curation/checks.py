@@ -22,7 +22,7 @@ from components.curation.pixels import NOTES, WHITE, UnreadableImage, read_image
 from components.curation.profiles import PHOTO, PROFILES, Profile, Thresholds, ToldProfile
 
 EXAMINE_VERSION = 2
-REDUCED_SIDE = 256            # px; hashes and figures of a larger image are read off a copy with sides of at least this
+REDUCED_SIDE = 256            # px; hashes and figures of a larger image are read off a copy with this shorter side
 REDUCED_PIXELS = 2**20        # and of at most about this many pixels, however long and thin it is
 EDGE_SIDE = 64                # px, of the second look at sharpness
 PERCEIVED = np.array([0.241, 0.691, 0.068])   # of squared R, G, B in brightness, as cleanlab/cleanvision has it
@@ -169,12 +169,11 @@ def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts
     except UnreadableImage as error:
         return Unreadable(str(error))
     image = decoded.image
-    reduced = image.reduce(max(1, min(image.size) // REDUCED_SIDE, isqrt(image.width * image.height // REDUCED_PIXELS)))
+    reduced = _reduced(image)
     grey = reduced.convert("L")
     rgb = np.asarray(reduced, dtype=np.float32)                          # (h, w, 3)
     red, green, blue = np.round(ImageStat.Stat(reduced).mean, 3).tolist()
-    brightness = np.sort(_perceived_brightness(rgb), axis=None)   # sorting first is faster than five partitions
-    p1, p5, p50, p95, p99 = np.percentile(brightness, (1, 5, 50, 95, 99)).round(5).tolist()
+    p1, p5, p50, p95, p99 = _percentiles(_perceived_brightness(rgb), (1, 5, 50, 95, 99)).round(5).tolist()
     return ImageFacts(
         rgb_digest=rgb_digest(image), width=image.width, height=image.height, format=decoded.format, mode=decoded.mode,
         notes=decoded.notes, phash=phash(grey), dhash=dhash(grey), mean_colour=(red, green, blue),
@@ -280,6 +279,24 @@ def _relative_sharpness(facts: ImageFacts) -> float:
     """Logarithm of the sharpness that contrast does not explain; NaN where there is too little contrast to tell."""
     contrast = 255 * (facts.brightness[3] - facts.brightness[1])
     return float(np.log(max(facts.sharpness, 1e-6) / contrast**2)) if contrast > FLAT else float("nan")
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """A copy for hashes and figures: averaged down to a shorter side of 256 px, a long and thin one further."""
+    whole = image.reduce(max(1, min(image.size) // REDUCED_SIDE, isqrt(image.width * image.height // REDUCED_PIXELS)))
+    scale = REDUCED_SIDE / min(whole.size)
+    if scale >= 1:
+        return whole
+    return whole.resize((round(whole.width * scale), round(whole.height * scale)), Image.Resampling.BOX)
+
+
+def _percentiles(values: NDArray[np.floating], percents: Sequence[float]) -> NDArray[np.float64]:
+    """`np.percentile` by one sort, in a third of its time."""
+    ordered = np.sort(values, axis=None)
+    at = np.asarray(percents) / 100 * (len(ordered) - 1)
+    below = np.floor(at).astype(np.int64)
+    above = np.minimum(below + 1, len(ordered) - 1)
+    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
 
 
 def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.float64]:
