@@ -47,7 +47,8 @@ TABLES = {  # of the catalog -> what the objects are that it names; the first th
     "model_version": "model versions",
 }
 DOCUMENTS = frozenset({"stage_result", "snapshot"})  # tables that name objects which name others
-REMEMBERED = frozenset({"source_file", "source_note", "examined_image"})  # what was learnt of files claims no bytes
+REMEMBERED = frozenset(   # what was learnt or said of files claims no bytes
+    {"source_file", "source_note", "examined_image", "stored_caption"})
 NAMING = ("sha256", "digest", "shard")  # words in the names of columns that hold names
 BEGINNINGS = {  # of a file -> what it is
     b"\x89PNG": "pictures", b"\xff\xd8\xff": "pictures", b"GIF8": "pictures", b"RIFF": "pictures", b"BM": "pictures",

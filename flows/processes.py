@@ -49,7 +49,7 @@ def read_records(workspace: Workspace) -> dict[str, Record]:
 
 def write_records(workspace: Workspace, records: dict[str, Record]) -> None:
     addresses = {
-        f"{name}url_of": url_of(record) if record.pid else None for name, record in records.items() if record.port
+        f"{name}_url": url_of(record) if record.pid else None for name, record in records.items() if record.port
     }
     body = {"schema": 1, "services": {name: asdict(record) for name, record in records.items()}} | addresses
     with atomic_write(workspace.services_file) as file:

@@ -31,9 +31,9 @@ from torch import Tensor
 from components.curation.pixels import rgb_digest
 from components.families.autoencoders import GaussianEncoder
 from components.latents import encoding, pieces
-from components.latents.buckets import Bucket
+from components.latents.buckets import Bucket, cover
 from components.latents.encoding import encode_missing, normalised, picture_of
-from components.latents.keys import Item, image_item
+from components.latents.keys import Item
 from components.latents.reading import ShardReader, locate
 from components.stages import Bench
 from components.storage import Store
@@ -62,7 +62,7 @@ def prepare(folder: Path, count: int) -> None:
 
 def items_of(folder: Path) -> list[Item]:
     return [
-        image_item(sha256, rgb, Bucket(SIDE, SIDE), name)
+        Item(f"{rgb}@{SIDE}x{SIDE}", sha256, cover(SIDE, SIDE, Bucket(SIDE, SIDE)), file_name=name)
         for sha256, rgb, name in json.loads((folder / "items.json").read_text())
     ]
 
