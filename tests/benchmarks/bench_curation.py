@@ -148,7 +148,8 @@ def test_photographs_are_scanned_and_checked(home: Path):
     print(f"a picture takes {each:.1f} CPU ms, {1000 / each:.0f} a second and core; decoding it alone {before:.2f} ms"
           f" before and {after:.2f} ms after: ratio {2 * each / (before + after):.2f}")
     print(f"wall: {len(paths) / told['all']['wall']:.0f} pictures a second on {len(os.sched_getaffinity(0))} cores")
-    assert (told["examined"], told["hashed"], again["hashed"]) == (len(paths), len(paths), 0)
+    distinct = len({sha256_of(path) for path in paths})  # two cuts of one photograph may be the same bytes
+    assert (told["examined"], told["hashed"], again["hashed"]) == (distinct, len(paths), 0)
     assert told["peak_mb"] < 2000
 
 
