@@ -26,6 +26,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from components.storage import sha256_of
+
 ROOT = Path(__file__).parents[2]
 PHOTOGRAPHS = int(os.environ.get("PHOTOGRAPHS", "20000"))
 SMALL_FILES = int(os.environ.get("SMALL_FILES", "100000"))
