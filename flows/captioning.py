@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import CAPTIONER, HUB_MODEL, Recipe
+from components.config import CAPTIONER, HUB_MODEL, CaptionsConfig, Recipe
 from components.errors import BadInput, StageFailed
 from components.stages import Bench
 from flows.children import TorchChild
@@ -28,8 +28,8 @@ def caption(
     from components.captioning.captioner import CAPTIONERS
 
     if captioners:
-        chosen = {"captioners": tuple(map(_absolute, captioners))}
-        recipe = recipe.model_copy(update={"captions": recipe.captions.model_copy(update=chosen)})
+        chosen = recipe.captions.model_dump() | {"captioners": tuple(map(_absolute, captioners))}
+        recipe = recipe.model_copy(update={"captions": CaptionsConfig.model_validate(chosen)})
     if not recipe.captions.captioners:
         raise BadInput(
             "no captioner is named; pass --captioner NAME=FOLDER or NAME=OWNER/MODEL@COMMIT, or set"

@@ -8,7 +8,6 @@ import hashlib
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -25,7 +24,7 @@ from components.catalog import captions as stored
 from components.catalog.captions import CaptionVersion
 from components.config import CaptionsConfig, DataConfig
 from components.curation.captions import filled
-from components.curation.choosing import class_of, filled_in, lacks_caption
+from components.curation.choosing import filled_in, lacks_caption, places_of
 from components.curation.items import Item
 from components.curation.memory import hash_files
 from components.curation.pixels import UnreadableImage, read_image
@@ -167,15 +166,8 @@ def _subjects(
 
 
 def _context(item: Item, data: DataConfig, template: str) -> CaptionContext:
-    source, name = data.sources[item.origin], PurePosixPath(item.file_name)
     caption = "" if lacks_caption(item) else item.caption
-    places = {
-        "trigger": source.trigger or "",
-        "class": class_of(item, source),
-        "caption": caption,
-        "name": name.stem,
-        "folder": name.parent.name,
-    }
+    places = places_of(item, data.sources[item.origin]) | {"caption": caption}
     return CaptionContext(item.file_name, filled(template, places), caption, places["trigger"], places["class"])
 
 

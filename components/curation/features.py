@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load
-from sqlalchemy import select
 
-from components.catalog.models import EncodedItem
+from components.catalog.encodings import locate
 from components.config import CurationConfig
 from components.curation.checks import MIN_SET, Verdict, robust_z
 from components.curation.joins import Rows, cosine_pairs, nearest_distances
@@ -21,7 +20,6 @@ NEAR_COSINE = 0.95          # of photographs' features, SemDeDup's and DINOv2's 
 HIGHEST_COSINE = 0.9999     # above, only copies of the same pixels are left
 APART = 3.5                 # robust deviations, of the logarithm of distances to the nearest neighbour
 NEIGHBOURS = 5
-QUERY_ITEMS = 500           # keys in one SQL statement
 
 
 def embedded(bench: Bench, curation: CurationConfig, subjects: Sequence[Subject], measure: Measure) -> Rows:
@@ -29,7 +27,7 @@ def embedded(bench: Bench, curation: CurationConfig, subjects: Sequence[Subject]
     assert curation.near_duplicate_embedder is not None
     encoder = feature_key(curation.near_duplicate_embedder)
     keys = [subject.rgb_digest for subject in subjects]
-    if len(_places(bench, encoder, keys)) < len(set(keys)):
+    if len(locate(bench.catalog, encoder, keys)) < len(set(keys)):
         measure(describe_work(bench, {}, curation.near_duplicate_embedder, subjects))
     return _rows(bench, encoder, keys)
 
@@ -64,20 +62,9 @@ def feature_pairs(features: Rows, threshold: float) -> list[tuple[int, int]]:
     return [(i, j) for i, j in cosine_pairs(features, threshold).tolist()]
 
 
-def _places(bench: Bench, encoder: str, keys: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Where each picture's features lie, as far as there are any: key -> (shard, row)."""
-    found: dict[str, tuple[str, int]] = {}
-    with bench.catalog.read() as session:
-        for start in range(0, len(keys), QUERY_ITEMS):
-            query = select(EncodedItem.item, EncodedItem.shard, EncodedItem.row).where(
-                EncodedItem.encoder == encoder, EncodedItem.item.in_(keys[start:start + QUERY_ITEMS]))
-            found.update({item: (shard, row) for item, shard, row in session.execute(query)})
-    return found
-
-
 def _rows(bench: Bench, encoder: str, keys: Sequence[str]) -> Rows:
     """Shard by shard, so that no more than the rows themselves and one shard are in memory."""
-    places = _places(bench, encoder, keys)
+    places = locate(bench.catalog, encoder, keys)
     if missing := [key for key in keys if key not in places]:
         raise StageFailed(f"{len(missing)} pictures have no features; run the same command again")
     by_shard: dict[str, list[int]] = {}

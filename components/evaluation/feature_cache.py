@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from components.catalog.encodings import locate
 from components.curation.manifest import SampleRow
 from components.curation.pixels import decode
 from components.evaluation.embedders import Embedder
@@ -17,7 +18,7 @@ from components.latents.buckets import fit
 from components.latents.encoding import encode_missing
 from components.latents.keys import Item, placements, sample_item, usual_sizing
 from components.latents.ragged import Tensors
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.stages import Bench
 
 

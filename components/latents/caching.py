@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from components.catalog.encodings import locate
 from components.curation.manifest import SampleRow
 from components.families.autoencoders import half_where_it_agrees
 from components.families.bases import BaseModel
@@ -26,7 +27,7 @@ from components.latents.keys import (
     window_encoder_key,
 )
 from components.latents.ragged import Tensors
-from components.latents.reading import locate, shard_refs
+from components.latents.reading import shard_refs
 from components.latents.windows import find_windows, window_items
 from components.latents.wording import Wording
 from components.stages import Bench, Product, canonical_json

@@ -18,9 +18,10 @@ from safetensors.torch import load
 from sqlalchemy import delete, insert
 from sqlalchemy.exc import IntegrityError
 
+from components.catalog.encodings import QUERY_ITEMS
 from components.catalog.models import EncodedItem
 from components.latents.ragged import Tensors, row_shape, stacked
-from components.latents.reading import QUERY_ITEMS, Held
+from components.latents.reading import Held
 from components.stages import Bench, canonical_json
 from components.storage import atomic_write
 from components.tensors import to_safetensors

@@ -1,4 +1,4 @@
-"""Cached rows: where they lie, and reading them out of memory-mapped shards."""
+"""Cached rows: which shards are intact, and reading rows out of memory-mapped ones."""
 
 import queue
 import threading
@@ -6,31 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from sqlalchemy import select
 
-from components.catalog.database import Catalog
-from components.catalog.models import EncodedItem
+from components.catalog.encodings import Places, locate
 from components.errors import DamagedArtifact, LatentCacheMismatch
 from components.latents.ragged import Tensors, stacked
 from components.stages import Bench, intact
 from components.storage import ObjectRef, Store, sha256_of
-
-QUERY_ITEMS = 500  # keys in one SQL statement
-Places = dict[str, tuple[str, int]]  # key -> (shard, row)
-
-
-def locate(catalog: Catalog, encoder: str, keys: Sequence[str]) -> Places:
-    """Where each of `keys` lies, as far as it is encoded: key -> (shard, row)."""
-    found: Places = {}
-    with catalog.read() as session:
-        for start in range(0, len(keys), QUERY_ITEMS):
-            rows = session.execute(
-                select(EncodedItem.item, EncodedItem.shard, EncodedItem.row).where(
-                    EncodedItem.encoder == encoder, EncodedItem.item.in_(keys[start : start + QUERY_ITEMS])
-                )
-            )
-            found.update({item: (shard, row) for item, shard, row in rows})
-    return found
 
 
 class Held:

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from components.catalog.encodings import locate
 from components.curation.manifest import SampleRow
 from components.curation.pixels import decode
 from components.latents.buckets import Sizing
 from components.latents.encoding import encode_missing
 from components.latents.keys import Item, Windows, window_encoder_key, window_item
 from components.latents.ragged import Tensors
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.latents.saliency import salient_corner
 from components.stages import Bench
 

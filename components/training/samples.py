@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from components.catalog.encodings import locate
 from components.curation.manifest import SampleRow
 from components.diffusion.draws import Draw
 from components.errors import LatentCacheMismatch
@@ -25,7 +26,7 @@ from components.latents.keys import (
     sample_item,
 )
 from components.latents.ragged import Tensors, stacked
-from components.latents.reading import ShardReader, Watch, locate
+from components.latents.reading import ShardReader, Watch
 from components.latents.windows import known_windows
 from components.latents.wording import Wording
 from components.stages import Bench

@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 from safetensors.torch import save_file
 
+from components.catalog.encodings import locate
 from components.config import BaseModelConfig, Recipe, load_recipe
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.snapshots import curate, curate_key
@@ -29,7 +30,7 @@ from components.latents.buckets import Bucket, fit
 from components.latents.caching import cache_latents
 from components.latents.encoding import MICRO_BATCH
 from components.latents.keys import cache_key, pixel_encoder_key, placements, sample_item, usual_sizing
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.latents.wording import Wording
 from components.stages import Bench, Product, ensure
 from components.workspace import Workspace

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
+from components.catalog.encodings import locate
 from components.config import BaseModelConfig, load_recipe
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.snapshots import curate, curate_key
@@ -34,7 +35,7 @@ from components.latents.keys import (
     training_size,
     training_sizing,
 )
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.stages import Bench
 from components.training import finetune
 from components.workspace import Workspace

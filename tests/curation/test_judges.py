@@ -259,6 +259,9 @@ def test_a_head_of_linear_layers_gives_aesthetic_scores(clip: Path, tmp_path: Pa
     save_file({"0.weight": first, "0.bias": np.ones(4, np.float32)}, tmp_path / "odd.safetensors")
     with pytest.raises(BadInput, match="end in one score"):
         plugin.load(check.model_copy(update={"head": str(tmp_path / "odd.safetensors")}), "cpu")
+    (tmp_path / "head.pth").write_bytes(b"\x80\x04N.")
+    with pytest.raises(BadInput, match="pickles are never read"):
+        plugin.load(check.model_copy(update={"head": str(tmp_path / "head.pth")}), "cpu")
 
 
 # features -------------------------------------------------------------------------------------------------------------

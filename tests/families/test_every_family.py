@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from components.catalog.encodings import locate
 from components.config import BaseModelConfig, EvaluationConfig, TrainingConfig, load_recipe, parse_recipe
 from components.curation.manifest import SampleRow
 from components.diffusion.samplers import sampler_from_scheduler
@@ -31,7 +32,7 @@ from components.latents.keys import (
     usual_sizing,
 )
 from components.latents.ragged import shortened, stacked
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.layouts.skeleton import skeleton_of
 from components.layouts.tokens import Token, bundled
 from components.stages import Bench, Product

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 from transformers import CLIPTextModel
 
+from components.catalog.encodings import locate
 from components.catalog.models import EncodedItem
 from components.curation.manifest import SampleRow
 from components.errors import DamagedArtifact, TrainingDiverged
@@ -29,7 +30,7 @@ from components.latents.keys import (
     usual_sizing,
 )
 from components.latents.pieces import Pieces
-from components.latents.reading import Held, ShardReader, Watch, locate
+from components.latents.reading import Held, ShardReader, Watch
 from components.storage import Store
 from components.tensors import to_safetensors
 from tests.chain import Chain

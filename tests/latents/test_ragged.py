@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from components.catalog.encodings import locate
 from components.latents.encoding import encode_missing
 from components.latents.keys import Item, caption_item
 from components.latents.ragged import Tensors, replaced, row_shape, shortened, stacked
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.stages import Bench
 from components.workspace import Workspace
 

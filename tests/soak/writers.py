@@ -28,13 +28,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from components.catalog.encodings import locate
 from components.curation.pixels import rgb_digest
 from components.families.autoencoders import GaussianEncoder
 from components.latents import encoding, pieces
 from components.latents.buckets import Bucket, cover
 from components.latents.encoding import encode_missing, normalised, picture_of
 from components.latents.keys import Item
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.stages import Bench
 from components.storage import Store
 from components.tensors import to_safetensors

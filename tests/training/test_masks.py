@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from components.catalog.encodings import locate
 from components.config import CurationConfig, DataConfig, DataSource
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.snapshots import curate
@@ -16,7 +17,7 @@ from components.diffusion.draws import Draw
 from components.diffusion.objectives import objective_from_scheduler
 from components.errors import BadInput, RecipeError, Stopped
 from components.latents.keys import mask_encoder_key, mask_item, placements, usual_sizing
-from components.latents.reading import ShardReader, locate
+from components.latents.reading import ShardReader
 from components.stages import Bench
 from tests.chain import Chain
 

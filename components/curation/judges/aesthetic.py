@@ -1,9 +1,8 @@
 """Aesthetic score: linear layers on CLIP's features, as the linearMSE heads of improved-aesthetic-predictor are."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,22 +39,18 @@ def _load(check: CheckConfig, device: str) -> Judge:
 def _head(check: CheckConfig) -> Path:
     path = Path(check.head or "").expanduser()
     if not path.is_file():
-        raise BadInput(f"curation.checks.aesthetic: head is {check.head!r}; give the file of a head, .safetensors or"
-                       " .pth, such as sac+logos+ava1-l14-linearMSE.pth for CLIP ViT-L/14")
+        raise BadInput(f"curation.checks.aesthetic: head is {check.head!r}; give the .safetensors file of a head, such"
+                       " as sac+logos+ava1-l14-linearMSE for CLIP ViT-L/14")
     return path
 
 
 def _layers(path: Path) -> Layers:
-    """The affine layers of a head, by their numbers. No code in the file is run."""
+    """The affine layers of a head, by their numbers. Raises BadInput for a pickle, which is never read."""
     from safetensors.numpy import load_file
 
-    state: Mapping[str, Any]
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        import torch
-
-        state = {name: value.numpy() for name, value in torch.load(path, map_location="cpu", weights_only=True).items()}
+    if path.suffix != ".safetensors":
+        raise BadInput(f"{path}: is no .safetensors file, and pickles are never read; save its tensors as one")
+    state = load_file(path)
     names = sorted((int(match[1]), name) for name in state if (match := LAYER.fullmatch(name)))
     layers = [(state[name].astype(np.float64), state[name.removesuffix("weight") + "bias"].astype(np.float64))
               for _, name in names if state[name].ndim == 2]
