@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,6 +54,7 @@ class Crew:
     engine: Engine = "local"
     processes: int = 1  # of the local engine, or of a Ray that is started for the work
     ray_address: str | None = None  # of a Ray cluster that runs already; it decides by itself how many work
+    gpus: int | None = None  # of this machine, for local processes in turn; None: the work asks for none, on Ray too
 
 
 def run_shards(
@@ -110,7 +111,7 @@ def _in_processes(
     crew: Crew,
     named: Callable[[Shard], str],
 ) -> None:
-    workers = [_Worker() for _ in range(crew.processes)]
+    workers = [_Worker(_gpu(index, crew.gpus)) for index in range(crew.processes)]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in workers:
         idle.put(worker)
@@ -151,7 +152,8 @@ def _in_processes(
 class _Worker:
     """A process that does one shard after the other, started when the first comes, and anew where it was lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = False
         self._starting = threading.Lock()
@@ -178,7 +180,7 @@ class _Worker:
                     [sys.executable, "-m", "components.shards"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    env=os.environ | _environment(),
+                    env=os.environ | _environment() | self._environment,
                     start_new_session=True,  # Ctrl-C reaches the process that asked, and that one decides
                 )
             return self._process
@@ -196,6 +198,14 @@ class _Worker:
         self.kill()
         if self._process is not None:
             _close_pipes(self._process)
+
+
+def _gpu(index: int, gpus: int | None) -> dict[str, str]:
+    """The environment in which a process sees one GPU, of those that this process sees."""
+    if not gpus:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index % gpus]}
 
 
 def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes | None:
@@ -264,8 +274,10 @@ def _on_ray(
     named: Callable[[Shard], str],
 ) -> None:
     with joined_ray(crew) as ray:
-        task = ray.remote(_answer).options(num_cpus=1, max_retries=TRIES - 1)
-        ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        has = ray.cluster_resources()
+        gpus = 1 if crew.gpus is not None and has.get("GPU") else 0
+        task = ray.remote(_answer).options(num_cpus=1, num_gpus=gpus, max_retries=TRIES - 1)
+        ahead = AHEAD * max(1, int(has.get("GPU" if gpus else "CPU", 1)))
         pending: deque[tuple[Shard, Any]] = deque()
 
         def commit_first() -> None:

@@ -1,7 +1,7 @@
 """Where a workspace keeps its things on disk, and the environment variables that point a team elsewhere."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -90,10 +90,18 @@ class Workspace:
         engine = os.environ.get("SAFELIGHT_ENGINE") or "local"
         if engine not in ENGINES:
             raise BadInput(f"SAFELIGHT_ENGINE is {engine!r}: expected {' or '.join(ENGINES)}")
-        processes = os.environ.get("SAFELIGHT_PROCESSES") or str(len(os.sched_getaffinity(0)))
-        if not processes.isdecimal() or int(processes) < 1:
-            raise BadInput(f"SAFELIGHT_PROCESSES is {processes!r}: expected a number of processes, 1 or more")
-        return Crew(engine, int(processes), os.environ.get("RAY_ADDRESS") or None)
+        processes = _processes("SAFELIGHT_PROCESSES", len(os.sched_getaffinity(0)))
+        return Crew(engine, processes, os.environ.get("RAY_ADDRESS") or None)
+
+    def encoding_crew(self, gpus: int) -> Crew:
+        """Who encodes with models: of this machine one process to each GPU, or `SAFELIGHT_ENCODERS`; Ray's otherwise.
+
+        Raises: what `crew` does.
+        """
+        crew = self.crew
+        if crew.engine == "local":
+            return replace(crew, processes=_processes("SAFELIGHT_ENCODERS", max(1, gpus)), gpus=gpus)
+        return replace(crew, gpus=gpus)
 
     def create(self) -> "Workspace":
         """Make the folders that exist in every workspace."""
@@ -109,6 +117,13 @@ class Workspace:
         ):
             folder.mkdir(parents=True, exist_ok=True)
         return self
+
+
+def _processes(variable: str, usual: int) -> int:
+    count = os.environ.get(variable) or str(usual)
+    if not count.isdecimal() or int(count) < 1:
+        raise BadInput(f"{variable} is {count!r}: expected a number of processes, 1 or more")
+    return int(count)
 
 
 def pieces_lock(workspace: Workspace, folder: Path) -> Path:

@@ -29,6 +29,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 
+from components.shards import Crew, joined_ray  # noqa: E402
 from components.stages import Bench  # noqa: E402
 from components.workspace import Workspace  # noqa: E402
 from flows import services  # noqa: E402
@@ -105,3 +106,11 @@ def in_served(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     for name, value in served.environment.items():
         monkeypatch.setenv(name, value)
     return served
+
+
+@pytest.fixture(scope="session")
+def two_on_ray() -> Iterator[Crew]:
+    """A Ray of two workers, which takes ten seconds to start: every test joins the same."""
+    pytest.importorskip("ray", reason="Ray is not installed: safelight[ray]")
+    with joined_ray(crew := Crew("ray", 2)):
+        yield crew

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,22 +16,13 @@ from components.curation.examining import OnProgress
 from components.curation.manifest import read_manifest
 from components.curation.snapshots import curate
 from components.errors import BadInput, SafelightError, StageFailed
-from components.shards import AHEAD, Crew, Engine, joined_ray, run_shards
+from components.shards import AHEAD, Crew, Engine, run_shards
 from components.stages import Bench, Product
 from components.workspace import Workspace
-from tests.curation.folders import new_bench, pictures, sources
+from tests.curation.folders import mixed_folder, new_bench, sources
 
 ROOT = Path(__file__).parents[1]
 TWO = Crew(processes=2)
-
-
-@pytest.fixture(scope="module")
-def two_on_ray() -> Iterator[Crew]:
-    """A Ray of two workers, which takes ten seconds to start: every test joins the same."""
-    pytest.importorskip("ray", reason="Ray is not installed: safelight[ray]")
-    crew = Crew("ray", 2)
-    with joined_ray(crew):
-        yield crew
 
 
 @pytest.fixture(params=["local", "ray"])
@@ -177,15 +167,6 @@ def always_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examining, "SHARD_ITEMS", 5)
 
 
-def mixed_folder(folder: Path) -> Path:
-    """Thirty pictures, of which one is damaged and one is another's copy."""
-    pictures(folder, 30)
-    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:100])
-    (folder / "copy.png").write_bytes((folder / "003.png").read_bytes())
-    (folder / "copy.txt").write_text("again")
-    return folder
-
-
 def curated_by(crew: Crew, home: Path, folder: Path, monkeypatch: pytest.MonkeyPatch,
                on_progress: OnProgress = lambda done, total: None) -> tuple[Bench, Product]:
     monkeypatch.setenv("SAFELIGHT_ENGINE", crew.engine)
@@ -232,10 +213,32 @@ def test_curating_goes_on_when_one_of_its_processes_is_killed(tmp_path: Path, mo
     assert killed and made.outputs == unbroken.outputs and made.facts["examined"] == 30
 
 
+# who works ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_process_that_encodes_has_a_gpu_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which one is said by the variable that CUDA reads: no GPU is needed to see it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    crew = Workspace(tmp_path).encoding_crew(gpus=2)
+    assert crew == Crew("local", 2, gpus=2)
+    seen: dict[int, set[str]] = {}
+    run_shards(visible_gpu, range(8), lambda _, found: seen.setdefault(found[0], set()).add(found[1]), crew, named=str)
+    assert sorted(seen.values(), key=str) == [{"4"}, {"6"}]
+    monkeypatch.setenv("SAFELIGHT_ENCODERS", "1")
+    assert Workspace(tmp_path).encoding_crew(gpus=2).processes == 1
+
+
+def visible_gpu(shard: int) -> tuple[int, str]:
+    time.sleep(0.2)  # so that no process does everything
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+
 def test_the_crew_is_the_machines_and_a_setting_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch):
     workspace = Workspace(Path("home"))
     assert workspace.crew == Crew("local", len(os.sched_getaffinity(0)), None)
-    for name, value in {"SAFELIGHT_PROCESSES": "0", "SAFELIGHT_ENGINE": "dask"}.items():
+    assert workspace.encoding_crew(gpus=0) == Crew("local", 1, gpus=0)
+    for name, value in {"SAFELIGHT_PROCESSES": "0", "SAFELIGHT_ENCODERS": "x", "SAFELIGHT_ENGINE": "dask"}.items():
         with monkeypatch.context() as wrong, pytest.raises(BadInput, match=f"{name} is '{value}': expected"):
             wrong.setenv(name, value)
+            _ = workspace.encoding_crew(gpus=0)
             _ = workspace.crew

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from components.curation.manifest import SampleRow
 from components.families.autoencoders import half_where_it_agrees
 from components.families.bases import BaseModel
 from components.families.family import PixelEncoder
-from components.families.placement import release_memory
 from components.latents.buckets import Bucket, Sizing
-from components.latents.encoding import encode_missing, normalised, picture_of
+from components.latents.crews import Task, encode_by_crew
+from components.latents.encoding import Encode, normalised, picture_of
 from components.latents.keys import (
     NULL_PROMPT,
     Item,
@@ -66,9 +67,14 @@ def cache_latents(
         done += count
         on_progress(done, total)
 
-    encoded_captions = _encode_captions(bench, base, captions, advance)
-    encoded_images = _encode_pictures(bench, base, images, advance)
-    _encode_masks(bench, base, masks)
+    encoded_captions, encoded_images, _ = encode_by_crew(
+        bench,
+        [
+            Task(Prompts(base), [captions], advance),
+            Task(Latents(base), _by_bucket(images), advance),
+            Task(Masks(base), _by_bucket(masks)),
+        ],
+    )
     places = locate(bench.catalog, pixel_encoder_key(base), [item.key for item in images]) | locate(
         bench.catalog, prompt_encoder_key(base), [item.key for item in captions]
     )
@@ -95,71 +101,85 @@ def _texts(rows: Sequence[SampleRow], wording: Wording) -> set[str]:
     return {row.text for row in rows} | varied | {NULL_PROMPT}
 
 
-def _encode_captions(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
-    encoder, family, device = None, base.architecture, default_device()
-    stored = getattr(torch, family.precision)
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Embeddings of captions by a base's text encoders."""
 
-    def encode(batch: list[Item]) -> Tensors:
-        nonlocal encoder
-        encoder = encoder or family.load_prompt_encoder(base.path, device)
-        tensors = encoder.encode([item.caption for item in batch])
-        return {name: tensor.to(stored) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    base: BaseModel
 
-    try:
-        return encode_missing(bench, prompt_encoder_key(base), items, encode, advance)
-    finally:
-        encoder = None
-        release_memory()
+    @property
+    def key(self) -> str:
+        return prompt_encoder_key(self.base)
 
+    def prepare(self, bench: Bench, item: Item) -> str:
+        return item.caption
 
-def _encode_pictures(bench: Bench, base: BaseModel, items: list[Item], advance: Callable[[int], None]) -> int:
-    encoder = None
+    def load(self) -> Encode:
+        family = self.base.architecture
+        encoder, stored = family.load_prompt_encoder(self.base.path, default_device()), getattr(torch, family.precision)
 
-    def encode(pictures: list[Tensor]) -> Tensors:
-        nonlocal encoder
-        encoder = encoder or _pixel_encoder(base)
-        return {name: tensor.to(torch.float16) for name, tensor in encoder.encode(normalised(pictures)).items()}
+        def encode(captions: list[str]) -> Tensors:
+            tensors = encoder.encode(captions).items()
+            return {name: tensor.to(stored) if tensor.is_floating_point() else tensor for name, tensor in tensors}
 
-    try:
-        return _encode_by_bucket(bench, pixel_encoder_key(base), items, encode, advance)
-    finally:
-        encoder = None
-        release_memory()
+        return encode
 
 
-def _pixel_encoder(base: BaseModel) -> PixelEncoder:
-    family, device = base.architecture, default_device()
-    encoder = family.load_pixel_encoder(base.path, device)
-    if base.vae_precision == "fp32":
-        return encoder
-    return half_where_it_agrees(encoder, family.geometry(base.path).resolution, device)
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Mean and log-variance of pictures' latents by a base's autoencoder, in float16."""
+
+    base: BaseModel
+
+    @property
+    def key(self) -> str:
+        return pixel_encoder_key(self.base)
+
+    def prepare(self, bench: Bench, item: Item) -> Tensor:
+        return picture_of(bench.store, item)
+
+    def load(self) -> Encode:
+        encoder = self._encoder()
+
+        def encode(pictures: list[Tensor]) -> Tensors:
+            return {name: tensor.to(torch.float16) for name, tensor in encoder.encode(normalised(pictures)).items()}
+
+        return encode
+
+    def _encoder(self) -> PixelEncoder:
+        family, device = self.base.architecture, default_device()
+        encoder = family.load_pixel_encoder(self.base.path, device)
+        if self.base.vae_precision == "fp32":
+            return encoder
+        return half_where_it_agrees(encoder, family.geometry(self.base.path).resolution, device)
 
 
-def _encode_masks(bench: Bench, base: BaseModel, items: list[Item]) -> None:
+@dataclass(frozen=True, slots=True)
+class Masks:
     """Masks as weights in [0, 1] of latent cells: the mean of the pixels that a cell stands for, (B, 1, h, w)."""
-    downscale = base.architecture.geometry(base.path).downscale
 
-    def encode(pictures: list[Tensor]) -> Tensors:
-        grey = (normalised(pictures)[:, :1] + 1) / 2
-        return {"mask": torch.nn.functional.avg_pool2d(grey, downscale).clamp(0, 1)}
+    base: BaseModel
 
-    _encode_by_bucket(bench, mask_encoder_key(base), items, encode, lambda count: None)
+    @property
+    def key(self) -> str:
+        return mask_encoder_key(self.base)
+
+    def prepare(self, bench: Bench, item: Item) -> Tensor:
+        return picture_of(bench.store, item)
+
+    def load(self) -> Encode:
+        downscale = self.base.architecture.geometry(self.base.path).downscale
+
+        def encode(pictures: list[Tensor]) -> Tensors:
+            grey = (normalised(pictures)[:, :1] + 1) / 2
+            return {"mask": torch.nn.functional.avg_pool2d(grey, downscale).clamp(0, 1)}
+
+        return encode
 
 
-def _encode_by_bucket(
-    bench: Bench,
-    encoder: str,
-    items: list[Item],
-    encode: Callable[[list[Tensor]], Tensors],
-    advance: Callable[[int], None],
-) -> int:
+def _by_bucket(items: Sequence[Item]) -> list[list[Item]]:
     by_bucket: dict[Bucket, list[Item]] = defaultdict(list)
     for item in items:
         assert item.bucket is not None
         by_bucket[item.bucket].append(item)
-    return sum(
-        encode_missing(
-            bench, encoder, by_bucket[bucket], encode, advance, prepare=lambda item: picture_of(bench.store, item)
-        )
-        for bucket in sorted(by_bucket)
-    )
+    return [by_bucket[bucket] for bucket in sorted(by_bucket)]

@@ -2,7 +2,7 @@
 
 Nothing stale can be read, a change of 1 % of a dataset costs 1 % of the encoding, and going back to an earlier state
 costs nothing: `keys.py` says why. Several processes that want the same items share the work: see `leases.py` and
-`pieces.py`.
+`pieces.py`; `crews.py` starts such processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,14 +29,18 @@ MICRO_BATCH = 8  # always full, padded with the last item: bits then depend neit
 LEASE_ITEMS = 64  # what a killed process has encoded in vain, at most
 
 
+Encode = Callable[[list[Any]], Tensors]  # of a micro-batch's inputs, a row of each tensor for each of them
+Prepare = Callable[[Item], Any]  # makes an item's input
+
+
 def encode_missing(
     bench: Bench,
     encoder: str,
     items: Sequence[Item],
-    encode: Callable[[list[Any]], Tensors],
+    encode: Encode,
     on_progress: Callable[[int], None],
     *,
-    prepare: Callable[[Item], Any] = lambda item: item,
+    prepare: Prepare = lambda item: item,
 ) -> int:
     """Encode the items that nobody has encoded yet; returns how many this process encoded. Then all are in shards.
 
@@ -46,19 +50,38 @@ def encode_missing(
     """
     unique = {item.key: item for item in items}
     held = Held(bench, encoder)
-    missing = _without(unique.values(), held(list(unique)))
+    missing = without(unique.values(), held(list(unique)))
     on_progress(len(unique) - len(missing))
     encoded = 0
     while missing:
         pieces = Pieces(bench, encoder, held)
-        with Leases(bench.workspace.locks / "encoding.lock", encoder) as leases:
-            work = _Work(leases, pieces, held, on_progress)
-            while missing:
-                encoded += work.encode(missing, encode, prepare)
-                if missing := work.left_to_others:
-                    leases.wait(missing[0].key)
+        encoded += encode_pieces(bench, encoder, missing, encode, on_progress, prepare, held, pieces.seal_full)
         pieces.seal(set(unique))
-        missing = _without(unique.values(), held(list(unique)))  # none, unless a piece was damaged
+        missing = without(unique.values(), held(list(unique)))  # none, unless a piece was damaged
+    return encoded
+
+
+def encode_pieces(
+    bench: Bench,
+    encoder: str,
+    items: Sequence[Item],
+    encode: Encode,
+    on_progress: Callable[[int], None],
+    prepare: Prepare,
+    held: Held,
+    on_lease: Callable[[], None] = lambda: None,
+) -> int:
+    """Encode those of the items that are in no piece and no shard yet; returns how many. Then all are in one.
+
+    `on_lease` is called whenever a lease of them is done.
+    """
+    missing, encoded = list(items), 0
+    with Leases(bench.workspace.locks / "encoding.lock", encoder) as leases:
+        work = _Work(leases, Pieces(bench, encoder, held), held, on_progress, on_lease)
+        while missing:
+            encoded += work.encode(missing, encode, prepare)
+            if missing := work.left_to_others:
+                leases.wait(missing[0].key)
     return encoded
 
 
@@ -74,13 +97,19 @@ class _Batch:
 class _Work:
     """Passes over items of which others may have some."""
 
-    def __init__(self, leases: Leases, pieces: Pieces, held: Held, on_progress: Callable[[int], None]):
-        self._leases, self._pieces, self._held, self._on_progress = leases, pieces, held, on_progress
+    def __init__(
+        self,
+        leases: Leases,
+        pieces: Pieces,
+        held: Held,
+        on_progress: Callable[[int], None],
+        on_lease: Callable[[], None],
+    ):
+        self._leases, self._pieces, self._held = leases, pieces, held
+        self._on_progress, self._on_lease = on_progress, on_lease
         self.left_to_others: list[Item] = []
 
-    def encode(
-        self, items: Sequence[Item], encode: Callable[[list[Any]], Tensors], prepare: Callable[[Item], Any]
-    ) -> int:
+    def encode(self, items: Sequence[Item], encode: Encode, prepare: Prepare) -> int:
         """Encode those of the items that are free and not encoded; returns how many that were."""
         count = 0
         rows: list[tuple[str, Tensors]] = []
@@ -92,7 +121,7 @@ class _Work:
                 self._pieces.write(rows)
                 self._leases.release(batch.lease)
                 rows = []
-                self._pieces.seal_full()
+                self._on_lease()
         return count
 
     def _batches(self, items: Sequence[Item]) -> Iterator[_Batch]:
@@ -100,7 +129,7 @@ class _Work:
         for lease in self._leased(items):
             keys = [item.key for item in lease]
             done = self._pieces.keys()  # before the catalog is asked: a piece goes when its rows have come
-            todo = _without(lease, done | self._held(keys))
+            todo = without(lease, done | self._held(keys))
             self._on_progress(len(lease) - len(todo))
             if not todo:
                 self._leases.release(keys)
@@ -118,13 +147,11 @@ class _Work:
             yield lease
 
 
-def _without(items: Iterable[Item], keys: set[str]) -> list[Item]:
+def without(items: Iterable[Item], keys: set[str]) -> list[Item]:
     return [item for item in items if item.key not in keys]
 
 
-def _encoded(
-    items: list[Item], inputs: list[Any], encode: Callable[[list[Any]], Tensors]
-) -> Iterator[tuple[str, Tensors]]:
+def _encoded(items: list[Item], inputs: list[Any], encode: Encode) -> Iterator[tuple[str, Tensors]]:
     padded = inputs + [inputs[-1]] * (MICRO_BATCH - len(inputs))
     tensors = shortened({name: tensor[: len(items)] for name, tensor in encode(padded).items()})
     _require_finite(items, tensors)

@@ -56,8 +56,16 @@ class Pieces:
     def seal(self, keys: set[str]) -> None:
         """Make shards of every piece with an item of `keys` and of whatever has the same shape."""
         with FileLock(self._lock):
-            for shape in {_shape_of(path) for path in self._paths() if keys & self.keys_of(path)}:
-                self._seal(shape)
+            paths = self._paths()
+            for shape in {_shape_of(path) for path in paths if keys & self.keys_of(path)}:
+                self._seal([path for path in paths if _shape_of(path) == shape])
+
+    def seal_alone(self, keys: set[str]) -> None:
+        """Make shards of every piece with an item of `keys`, and of no other, whoever is writing some meanwhile."""
+        with FileLock(self._lock):
+            wanted = [path for path in self._paths() if keys & self.keys_of(path)]
+            for shape in sorted({_shape_of(path) for path in wanted}):
+                self._seal([path for path in wanted if _shape_of(path) == shape])
 
     def seal_full(self) -> None:
         """Make shards where there is enough for one, unless another process is at it."""
@@ -68,12 +76,12 @@ class Pieces:
         try:
             with FileLock(self._lock, blocking=False):
                 for shape in full:
-                    self._seal(shape)
+                    self._seal([path for path in self._paths() if _shape_of(path) == shape])
         except Timeout:
             return
 
-    def _seal(self, shape: str) -> None:
-        paths = [path for path in self._paths() if _shape_of(path) == shape]
+    def _seal(self, paths: Sequence[Path]) -> None:
+        """Make shards of the rows of some pieces, which are of one shape."""
         rows = {key: row for path in paths for key, row in _rows_in(path)}
         done = self._held(list(rows))  # by one who was killed before the pieces went
         keys = sorted(rows.keys() - done)

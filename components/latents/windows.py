@@ -1,6 +1,7 @@
 """The windows that saliency chooses, found once per picture and bucket and kept as latents are."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -8,7 +9,8 @@ from components.catalog.encodings import locate
 from components.curation.manifest import SampleRow
 from components.curation.pixels import decode
 from components.latents.buckets import Sizing
-from components.latents.encoding import encode_missing
+from components.latents.crews import Task, encode_by_crew
+from components.latents.encoding import Encode
 from components.latents.keys import Item, Windows, window_encoder_key, window_item
 from components.latents.ragged import Tensors
 from components.latents.reading import ShardReader
@@ -44,15 +46,28 @@ def find_windows(
         done += count
         on_progress(done, len(items))
 
-    def corner(item: Item) -> tuple[int, int]:
+    encode_by_crew(bench, [Task(SalientWindows(), [items], advance)])
+    return known_windows(bench, rows, sizing)
+
+
+@dataclass(frozen=True, slots=True)
+class SalientWindows:
+    """Corners (left, top) of windows, int32; no model is asked."""
+
+    @property
+    def key(self) -> str:
+        return window_encoder_key()
+
+    def prepare(self, bench: Bench, item: Item) -> tuple[int, int]:
         assert item.placement is not None
         return salient_corner(decode(bench.store.read(item.bytes_sha256)), item.placement)
 
-    def windows(corners: list[tuple[int, int]]) -> Tensors:
-        return {"window": torch.tensor(corners, dtype=torch.int32)}
+    def load(self) -> Encode:
+        return _as_tensor
 
-    encode_missing(bench, window_encoder_key(), items, windows, advance, prepare=corner)
-    return known_windows(bench, rows, sizing)
+
+def _as_tensor(corners: list[tuple[int, int]]) -> Tensors:
+    return {"window": torch.tensor(corners, dtype=torch.int32)}
 
 
 def known_windows(bench: Bench, rows: Sequence[SampleRow], sizing: Sizing) -> Windows:

@@ -53,3 +53,12 @@ def tree_digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     rows = [f"{path}\0{sha256(path.read_bytes()).hexdigest()}\0{path.stat().st_mtime_ns}" for path in files]
     return sha256("\n".join(rows).encode()).hexdigest()
+
+
+def mixed_folder(folder: Path) -> Path:
+    """Thirty pictures, of which one is damaged and one is another's copy."""
+    pictures(folder, 30)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:100])
+    (folder / "copy.png").write_bytes((folder / "003.png").read_bytes())
+    (folder / "copy.txt").write_text("again")
+    return folder

@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from components.config import CheckConfig
@@ -16,8 +18,11 @@ from components.curation.measured import known_figures, remember_figures
 from components.curation.pixels import decode
 from components.errors import StageFailed
 from components.evaluation.embedders import load_embedder
-from components.evaluation.feature_cache import features_of
+from components.evaluation.model_sources import feature_key
+from components.latents.crews import Task, encode_by_crew
+from components.latents.encoding import Encode
 from components.latents.keys import Item
+from components.latents.ragged import Tensors
 from components.stages import Bench
 
 CHUNK = 64   # pictures scored per commit: what a kill can cost
@@ -61,18 +66,35 @@ def _score(bench: Bench, plugin: Plugin, check: CheckConfig, pictures: Pictures,
     return looked
 
 
-def _embed(bench: Bench, name: str, pictures: Pictures, device: str, on_progress: OnProgress) -> int:
-    items = [Item(rgb_digest, sha256) for rgb_digest, sha256, _ in pictures]
-    done, opened = 0, set()
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a recipe's embedder makes of pictures as they are, one row each."""
 
-    def open_image(item: Item) -> Image.Image:
-        opened.add(item.key)
+    embedder: str
+    device: str
+
+    @property
+    def key(self) -> str:
+        return feature_key(self.embedder)
+
+    def prepare(self, bench: Bench, item: Item) -> Image.Image:
         return decode(bench.store.read(item.bytes_sha256))
+
+    def load(self) -> Encode:
+        embedder = load_embedder(self.embedder, device=self.device)
+
+        def encode(images: list[Image.Image]) -> Tensors:
+            return {"features": torch.from_numpy(embedder(images))}
+
+        return encode
+
+
+def _embed(bench: Bench, name: str, pictures: Pictures, device: str, on_progress: OnProgress) -> int:
+    items, done = [Item(rgb_digest, sha256) for rgb_digest, sha256, _ in pictures], 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
         on_progress(done, len(items))
 
-    features_of(bench, load_embedder(name, device=device), items, open_image, advance)
-    return len(opened)
+    return encode_by_crew(bench, [Task(Features(name, device), [items], advance)])[0]
