@@ -21,11 +21,11 @@ from components.curation.looks import Look
 from components.curation.pixels import NOTES, WHITE, UnreadableImage, read_image, rgb_digest
 from components.curation.profiles import PHOTO, PROFILES, Profile, Thresholds, ToldProfile
 
-EXAMINE_VERSION = 2
-REDUCED_SIDE = 256            # px; hashes and figures of a larger image are read off a copy with this shorter side
+EXAMINE_VERSION = 3
+REDUCED_SIDE = 256            # px, about, of the shorter side of the copy that hashes and figures are read off
 REDUCED_PIXELS = 2**20        # and of at most about this many pixels, however long and thin it is
 EDGE_SIDE = 64                # px, of the second look at sharpness
-PERCEIVED = np.array([0.241, 0.691, 0.068])   # of squared R, G, B in brightness, as cleanlab/cleanvision has it
+PERCEIVED = np.array([0.241, 0.691, 0.068], np.float32)   # of squared R, G, B, as cleanlab/cleanvision has it
 USUAL_MIN_SIDE = 200          # px, DataComp's filter; a base that trains on smaller pictures lowers it
 DRAWN_ENTROPY = 6.0           # bits; photographs have 7 to 9.5, flat drawings and icons 1 to 5
 FLAT = 5.0                    # of 255, contrast below which nothing can be told about sharpness
@@ -282,12 +282,12 @@ def _relative_sharpness(facts: ImageFacts) -> float:
 
 
 def _reduced(image: Image.Image) -> Image.Image:
-    """A copy for hashes and figures: averaged down to a shorter side of 256 px, a long and thin one further."""
-    whole = image.reduce(max(1, min(image.size) // REDUCED_SIDE, isqrt(image.width * image.height // REDUCED_PIXELS)))
-    scale = REDUCED_SIDE / min(whole.size)
-    if scale >= 1:
-        return whole
-    return whole.resize((round(whole.width * scale), round(whole.height * scale)), Image.Resampling.BOX)
+    """A copy for hashes and figures: blocks of pixels averaged, as long as no side falls much below 256 px.
+
+    A long and thin picture comes down to REDUCED_PIXELS.
+    """
+    sides = max(image.size) // REDUCED_SIDE, round(min(image.size) / REDUCED_SIDE)
+    return image.reduce(max(1, min(sides), isqrt(image.width * image.height // REDUCED_PIXELS)))
 
 
 def _percentiles(values: NDArray[np.floating], percents: Sequence[float]) -> NDArray[np.float64]:
@@ -299,9 +299,9 @@ def _percentiles(values: NDArray[np.floating], percents: Sequence[float]) -> NDA
     return ordered[below] + (at - below) * (ordered[above] - ordered[below])
 
 
-def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.float64]:
+def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
     """(h, w, 3) in 0 to 255 -> (h, w) in 0 to 1."""
-    return np.sqrt(np.square(rgb) @ PERCEIVED) / 255
+    return np.sqrt(np.square(rgb) @ PERCEIVED) / np.float32(255)
 
 
 def _laplacian_variance(grey: Image.Image) -> float:

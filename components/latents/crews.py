@@ -161,8 +161,9 @@ def _encode_here(bench: Bench, task: Task) -> int:
             for group in task.groups
         )
     finally:
-        encoder = None
-        release_memory()
+        if encoder is not None:
+            encoder = None
+            release_memory()
 
 
 @cache

@@ -26,10 +26,19 @@ from components.config import BaseModelConfig, Recipe, load_recipe
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.snapshots import curate, curate_key
 from components.families.bases import BaseModel, resolve_base
-from components.latents.buckets import Bucket, fit
-from components.latents.caching import cache_latents
+from components.latents.buckets import Bucket, cover, fit
+from components.latents.caching import Prompts, cache_latents
+from components.latents.crews import Task, encode_by_crew
 from components.latents.encoding import MICRO_BATCH
-from components.latents.keys import cache_key, pixel_encoder_key, placements, sample_item, usual_sizing
+from components.latents.keys import (
+    NULL_PROMPT,
+    cache_key,
+    caption_item,
+    pixel_encoder_key,
+    placements,
+    sample_item,
+    usual_sizing,
+)
 from components.latents.reading import ShardReader
 from components.latents.wording import Wording
 from components.stages import Bench, Product, ensure
@@ -54,7 +63,8 @@ class Clock:
 
 
 def ours(request: dict[str, Any]) -> Run:
-    """`find` is the scan of the folder with the curation of what changed, `encode` the caching stage."""
+    """`find` is the scan of the folder with the curation of what changed, `encode` the caching stage; captions, which
+    `theirs` does not have, are embedded before it, as `captions`."""
     clock, recipe = Clock(), load_recipe(Path(request["recipe"]))
     base, size = resolve_base(recipe.base), request["size"]
     home = Workspace(Path(request["home"]))
@@ -62,6 +72,10 @@ def ours(request: dict[str, Any]) -> Run:
     bench.catalog.migrate()
     with clock.measure("find"):
         digest = snapshot_of(bench, recipe, size)
+    rows = read_manifest(bench.store, digest)
+    captions = [caption_item(text) for text in {NULL_PROMPT, *(row.text for row in rows)}]
+    with clock.measure("captions"):
+        encode_by_crew(bench, [Task(Prompts(base), [captions])])
     with clock.measure("encode"):
         rows = read_manifest(bench.store, digest)
         key = cache_key(digest, base, usual_sizing(base, size), Wording())
@@ -129,9 +143,11 @@ def theirs(request: dict[str, Any]) -> Run:
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
         pictures = [Image.open(BytesIO(bytes_of(image))).convert("RGB") for image in batch["image"]]
-        arrays = np.stack([np.asarray(fit(picture, Bucket(size, size)), dtype=np.float32) for picture in pictures])
+        arrays = np.stack([np.asarray(fitted(picture, size), dtype=np.float32) for picture in pictures])
         pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1.0
-        tensors = pixel_encoder(base.path).encode(pixels)
+        with torch.inference_mode():
+            posterior = autoencoder(base.path).encode(pixels).latent_dist
+        tensors = {"mean": posterior.mean, "logvar": posterior.logvar}
         with log.open("a") as file:
             file.write("x" * len(pictures))
         names = [Path(image["path"]).name for image in batch["image"]]
@@ -153,13 +169,17 @@ def theirs(request: dict[str, Any]) -> Run:
     return clock.facts | {"encoded": len(log.read_text()) if log.exists() else 0}
 
 
+def fitted(picture: Image.Image, size: int) -> Image.Image:
+    return fit(picture, cover(picture.width, picture.height, Bucket(size, size)))
+
+
 def bytes_of(image: dict[str, Any]) -> bytes:
     return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 @cache
-def pixel_encoder(base: Path) -> Any:
-    return resolve_base(BaseModelConfig()).architecture.load_pixel_encoder(base, "cpu")
+def autoencoder(base: Path) -> Any:
+    return diffusers.AutoencoderKL.from_pretrained(base, subfolder="vae", use_safetensors=True).eval()
 
 
 def save(request: dict[str, Any], places: dict[str, int], latents: dict[str, torch.Tensor]) -> None:
