@@ -299,7 +299,7 @@ def _percentiles(values: NDArray[np.floating], percents: Sequence[float]) -> NDA
     return ordered[below] + (at - below) * (ordered[above] - ordered[below])
 
 
-def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
+def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.floating]:
     """(h, w, 3) in 0 to 255 -> (h, w) in 0 to 1."""
     return np.sqrt(np.square(rgb) @ PERCEIVED) / np.float32(255)
 

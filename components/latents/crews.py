@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from components.catalog.database import Catalog
 from components.families.placement import release_memory
 from components.latents.encoding import LEASE_ITEMS, Encode, encode_missing, encode_pieces, without
 from components.latents.keys import Item
@@ -19,6 +20,7 @@ from components.latents.ragged import Tensors
 from components.latents.reading import Held
 from components.shards import run_shards
 from components.stages import Bench
+from components.storage import Store
 from components.workspace import Workspace
 
 SHARE_ITEMS = 2 * LEASE_ITEMS  # handed to a process at once; a whole number of them makes a shard
@@ -56,6 +58,7 @@ class Share:
     """Items for one process to encode."""
 
     workspace: Workspace
+    catalog_url: str  # processes of other hosts do not have this one's environment
     encoding: Encoding
     items: tuple[Item, ...]
     task: int  # whose share it is, by number
@@ -115,12 +118,13 @@ class _Work:
         return sum(map(len, self._missing))
 
     def shares(self, number: int) -> Iterator[Share]:
+        workspace = self._bench.workspace
         for items in self._missing:
             for start in range(0, len(items), SHARE_ITEMS):
                 part = tuple(items[start : start + SHARE_ITEMS])
                 end = start + len(part)
                 ends_shard = end % SHARD_ITEMS == 0 or end == len(items)
-                yield Share(self._bench.workspace, self.task.encoding, part, number, ends_shard)
+                yield Share(workspace, workspace.catalog_url, self.task.encoding, part, number, ends_shard)
 
     def commit(self, share: Share, count: int) -> None:
         self.encoded += count
@@ -133,7 +137,7 @@ class _Work:
 
 def encode_share(share: Share) -> int:
     """Encode a share's items to pieces, as far as nobody has; returns how many. Runs in a process of the crew."""
-    bench, encoding = _bench(share.workspace), share.encoding
+    bench, encoding = _bench(share.workspace, share.catalog_url), share.encoding
     held = Held(bench, encoding.key)
 
     def encode(inputs: list[Any]) -> Tensors:
@@ -167,8 +171,8 @@ def _encode_here(bench: Bench, task: Task) -> int:
 
 
 @cache
-def _bench(workspace: Workspace) -> Bench:
-    return Bench.open(workspace)
+def _bench(workspace: Workspace, catalog_url: str) -> Bench:
+    return Bench(workspace.create(), Store(workspace.objects), Catalog(catalog_url))
 
 
 _last: dict[str, Encode] = {}  # the encoder that this process used last, by its key
