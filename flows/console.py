@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MARKS = {"pass": "+", "hold": "?", "reject": "-"}  # of the gate's checks
 DASH = "–"
+SCAN_STEPS = {"list": "listing", "read": "captions", "scan": "scanning"}
 
 
 class Reporter:
@@ -59,7 +60,7 @@ class Reporter:
         if kind == "progress" and self.console.is_terminal:
             self._bar(event["stage"], event["done"], event["total"])
         elif kind == "stage":
-            self._settle(event["stage"])
+            self._settle()
             self.say(
                 f"{event['stage']:<10} {event['outcome']:<9} {seconds(event['seconds']):>8}  {event['items']} items"
             )
@@ -78,32 +79,42 @@ class Reporter:
         elif show is not None:
             show()
 
-    def _bar(self, stage: str, done: int, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def _bar(self, stage: str, done: int, total: int | None) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("{task.description:<10}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[counted]}"),
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
             )
             self._progress.start()
         if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._bars[stage], completed=done, total=total)
+            self._bars[stage] = self._progress.add_task(stage, total=total, counted="")
+        self._progress.update(self._bars[stage], completed=done, total=total, counted=counted(done, total))
 
-    def _settle(self, stage: str) -> None:
-        bar = self._bars.pop(stage, None)
-        if bar is not None and self._progress is not None:
-            self._progress.remove_task(bar)
+    def _settle(self) -> None:
+        """Take the bars away of a stage that has ended, of its scan as well."""
+        while self._bars and self._progress is not None:
+            self._progress.remove_task(self._bars.popitem()[1])
 
 
 def write_document(document: Mapping[str, Any], file: IO[str] | None = None) -> None:
     """The one JSON document of a command, on stdout."""
     print(json.dumps(document, indent=2, ensure_ascii=False, default=str), file=file or sys.stdout, flush=True)
+
+
+def scan_event(step: str, done: int, total: int | None) -> dict[str, Any]:
+    """How far a scan of the sources is, as an event; without `total` where nobody knows yet."""
+    return {"event": "progress", "stage": SCAN_STEPS[step], "done": done, "total": total}
+
+
+def counted(done: int, total: int | None) -> str:
+    """How far something is: "120,000 of 1,000,000", or only the first number where nobody knows the second yet."""
+    return f"{done:,}" if total is None else f"{done:,} of {total:,}"
 
 
 def seconds(value: float | None) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from components.catalog.models import ModelVersion
 from components.config import SIZE_SETTINGS, TEXT_SETTINGS, Recipe
+from components.curation.scanning import Scan
 from components.families.bases import BaseModel, resolve_base
 from components.latents.keys import cache_key, training_size, training_sizing
 from components.latents.wording import Wording
@@ -58,10 +59,10 @@ def champion_of(bench: Bench, aliases: dict[str, int], name: str, candidate_sha2
     return version if version is not None and version.adapter_sha256 != candidate_sha256 else None
 
 
-def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
+def stage_keys(bench: Bench, recipe: Recipe, scanned: Scan) -> list[tuple[str, str | None]]:
     """(stage, key) in order, as far as keys can be known without running: None from where an earlier stage must run.
 
-    Scans and hashes the sources; writes nothing but what it learnt of files.
+    `scanned` is what the recipe's sources hold now, with the captions that count. Writes nothing.
     """
     from components.curation.snapshots import curate_key
 
@@ -73,6 +74,7 @@ def stage_keys(bench: Bench, recipe: Recipe) -> list[tuple[str, str | None]]:
         dataset=recipe.name,
         training_size=training_size(base, recipe.training),
         captions=recipe.captions,
+        scanned=scanned,
     )
     keys: dict[str, str | None] = {
         "curate": curate,

@@ -164,7 +164,7 @@ def place_pictures(catalog: Catalog, files: Sequence[ScannedFile], recipe: Recip
     placed = []
     for file in files:
         item = file.item
-        if item.problem is not None or item.path is None:
+        if item.problem is not None or item.location is None:
             continue
         size = known[file.sha256] if file.sha256 in known else _size_in_header(item)
         if size is None:

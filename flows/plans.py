@@ -1,7 +1,7 @@
 """`safelight plan`: what a retraining would do, read from headers, keys and the times of earlier runs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -11,12 +11,13 @@ from sqlalchemy import select
 from components.catalog.models import StageResultRow
 from components.config import Recipe
 from components.curation.choosing import scan_captioned
+from components.curation.scanning import Scan
 from components.curation.sources import Item
 from components.families.bases import BaseModel, resolve_base
 from components.families.tokens import caption_readers
 from components.latents.keys import training_sizing
 from components.stages import Bench, committed
-from flows.console import Reporter, number, seconds, size
+from flows.console import Reporter, number, scan_event, seconds, size
 from flows.keys import stage_keys
 from flows.placing import place_pictures
 
@@ -26,16 +27,22 @@ RUNTIME_BYTES = 1_000_000_000  # Python with torch and diffusers loaded (measure
 OPTIMIZER_BYTES = 16  # per trained parameter: weight, gradient and two moments in fp32
 
 
-def plan(bench: Bench, recipe: Recipe) -> dict[str, Any]:
-    """The plan's document. Hashes what is new, opens headers of what no curation has seen, and writes what each picture
+def plan(bench: Bench, recipe: Recipe, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> dict[str, Any]:
+    """The plan's document. Hashes what is new and tells how far it is, opens headers of what no curation has seen, and writes what each picture
     loses and the worst crops into the workspace."""
     base, training = resolve_base(recipe.base), recipe.training
     sizing = training_sizing(base, training)
-    scanned = scan_captioned(bench, recipe.data, recipe.captions, dataset=recipe.name)
+    scanned = scan_captioned(
+        bench,
+        recipe.data,
+        recipe.captions,
+        dataset=recipe.name,
+        on_progress=lambda step, done, total: on_event(scan_event(step, done, total)),
+    )
     items = [file.item for file in scanned.files]
     placing = place_pictures(bench.catalog, scanned.files, recipe, sizing)
     usable = len(placing.pictures)
-    stages = _stages(bench, recipe, pictures=usable)
+    stages = _stages(bench, recipe, scanned, pictures=usable)
     batches = training.gradient_accumulation_steps * training.num_processes
     seen = training.max_train_steps * training.train_batch_size * batches
     expected = [stage["expected_seconds"] for stage in stages]
@@ -176,7 +183,7 @@ def _captions(items: Sequence[Item], base: BaseModel) -> list[dict[str, Any]]:
     return lines
 
 
-def _stages(bench: Bench, recipe: Recipe, *, pictures: int) -> list[dict[str, Any]]:
+def _stages(bench: Bench, recipe: Recipe, scanned: Scan, *, pictures: int) -> list[dict[str, Any]]:
     evaluation = recipe.evaluation
     work = {
         "curate": pictures,
@@ -187,7 +194,7 @@ def _stages(bench: Bench, recipe: Recipe, *, pictures: int) -> list[dict[str, An
         + evaluation.variety_prompts * evaluation.variety_seeds,
     }
     stages, unknown = [], False
-    for name, key in stage_keys(bench, recipe):
+    for name, key in stage_keys(bench, recipe, scanned):
         reused = None if key is None else committed(bench, key) is not None
         unknown = unknown or not reused
         pace = _pace(bench, name)

@@ -22,6 +22,7 @@ from components.latents.wording import Wording
 from components.stages import Product, StageResult
 from components.workspace import Workspace
 from flows import services
+from flows.console import scan_event
 from flows.keys import champion_of, evaluate_key, fine_tune_key, mirrored_aliases, register_key
 from flows.open_run import OnEvent, OpenRun, open_run, stage_line, stopping_on_sigterm
 from flows.tracking import registry
@@ -75,6 +76,7 @@ def curate(run_uid: str) -> str:
         training_size=size,
         captions=recipe.captions,
         verify=run.verify,
+        on_progress=lambda step, done, total: run.relay(scan_event(step, done, total)),
     )
     for source in scanned.sources:
         run.relay({"event": "log", "message": str(source)})

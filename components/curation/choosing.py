@@ -12,16 +12,22 @@ from components.catalog import captions as stored
 from components.catalog.captions import CaptionVersion
 from components.config import CaptionsConfig, DataConfig, DataSource
 from components.curation.captions import composed
-from components.curation.scanning import Scan, ScannedFile, scan
+from components.curation.scanning import OnScan, Scan, ScannedFile, scan, unheard
 from components.curation.sources import Item, require_captions, worded
 from components.stages import Bench
 
 
 def scan_captioned(
-    bench: Bench, data: DataConfig, captions: CaptionsConfig, *, dataset: str, verify: bool = False
+    bench: Bench,
+    data: DataConfig,
+    captions: CaptionsConfig,
+    *,
+    dataset: str,
+    verify: bool = False,
+    on_progress: OnScan = unheard,
 ) -> Scan:
     """What the sources hold now, with the captions that count. Raises BadInput as `scan` does."""
-    found = scan(bench, data, verify=verify, captioned=False)
+    found = scan(bench, data, verify=verify, captioned=False, on_progress=on_progress)
     edits = stored.edits(bench.catalog, dataset)
     files = found.files
     if edits or captions.policy != "none":

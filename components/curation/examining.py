@@ -40,7 +40,7 @@ class Shard:
     store: Store
 
     def __str__(self) -> str:
-        return f"{self.files[0].item.path} to {self.files[-1].item.path} ({len(self.files)} pictures)"
+        return f"{self.files[0].item.location} to {self.files[-1].item.location} ({len(self.files)} pictures)"
 
 
 def examine_files(bench: Bench, files: Sequence[ScannedFile], on_progress: OnProgress) -> tuple[dict[str, Facts], int]:
@@ -112,12 +112,12 @@ def read_masks(store: Store, files: Sequence[ScannedFile],
         if item.mask is None or item.problem is not None or not isinstance(facts, ImageFacts):
             continue
         try:
-            alpha = item.mask == item.path
-            mask = read_mask(read_picture(item) if alpha else item.mask.read_bytes(), alpha=alpha)
+            alpha = item.mask == item.location
+            mask = read_mask(read_picture(item) if alpha else Path(item.mask).read_bytes(), alpha=alpha)
             require_use(mask, facts.width, facts.height)
             masks[item.file_name] = store.put(mask_png(mask)).sha256
         except BadInput as error:
-            problems[item.file_name] = Problem("mask", f"{item.mask.name}: {error}")
+            problems[item.file_name] = Problem("mask", f"{Path(item.mask).name}: {error}")
     return [
         replace(file, item=replace(file.item, problem=problems.get(file.item.file_name, file.item.problem)))
         for file in files
@@ -132,7 +132,7 @@ def _is_done(store: Store, known: Facts | None, file: ScannedFile) -> bool:
 
 def _read(file: ScannedFile) -> bytes | None:
     """The bytes that were scanned, or None where they are too many. Raises DamagedArtifact if they have changed."""
-    path = Path(str(file.item.path))
+    path = Path(str(file.item.location))
     if file.bytes > MAX_FILE_BYTES:
         return None
     try:

@@ -34,7 +34,7 @@ class Item:
     """A picture as its source presents it: where it lies, what is said of it, or why it cannot be used."""
 
     file_name: str  # relative to the source's folder, with forward slashes; unique over all sources
-    path: Path | None  # the file, or the one that holds it as a member; None when it must not be opened
+    location: str | None  # the file, or the one that holds it as a member; None when it must not be opened
     caption: str = ""
     problem: Problem | None = None
     group: str | None = None
@@ -45,11 +45,16 @@ class Item:
     repeats: int = 1
     fallback: bool = False  # the caption is the folder's class tokens
     variants: tuple[str, ...] = ()  # other captions of it
-    mask: Path | None = None  # the file that says where the picture counts; the picture itself: its alpha channel
+    mask: str | None = None  # the file that says where the picture counts; the picture itself: its alpha channel
     member: Member | None = None
     is_reg: bool = False  # a picture of the class, trained on to keep what the base knows of it
     origin: int = 0  # which of the recipe's sources it is from
     caption_by: str | None = None  # who wrote the caption, where it is not the source's
+
+    @property
+    def path(self) -> Path | None:
+        """`location`, which is kept as text: a path takes several times its memory, and there may be a million."""
+        return None if self.location is None else Path(self.location)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,5 +78,7 @@ def is_picture(name: PurePosixPath) -> bool:
 
 
 def printable(name: object) -> str:
-    """Text that can be stored and shown, whatever bytes the name is made of."""
-    return str(name).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    """Text that can be stored and shown, whatever bytes the name is made of; the same object where it is such text."""
+    text = str(name)
+    shown = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return text if shown == text else shown

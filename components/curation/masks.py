@@ -34,8 +34,8 @@ def masks_of(source: DataSource, listing: Listing, folder: Path | None) -> dict[
     Like every file of a source they are regular files and lie inside, or have a problem.
     """
     if folder is None:
-        beside = [entry for entry in listing.files if entry.name.name.endswith(ENDING)]
-        found = [(str(entry.name)[: -len(ENDING)], entry) for entry in beside]
+        beside = [entry for entry in listing.files if entry.file_name.endswith(ENDING)]
+        found = [(entry.file_name.removesuffix(ENDING), entry) for entry in beside]
     else:
         found = [(str(entry.name.with_suffix("")), entry) for entry in list_source(folder, folder).files]
     masks: dict[str, list[Entry]] = {}
@@ -46,17 +46,17 @@ def masks_of(source: DataSource, listing: Listing, folder: Path | None) -> dict[
 
 def with_mask(item: Item, source: DataSource, masks: Mapping[str, Sequence[Entry]]) -> Item:
     """The item with the file that holds its mask, if it has one, or with what is wrong with that file."""
-    if item.path is None:
+    if item.location is None:
         return item
     if source.masks == ALPHA:
-        return replace(item, mask=item.path)
+        return replace(item, mask=item.location)
     found = masks.get(str(PurePosixPath(item.file_name).with_suffix("")), ())
     reasons = [f"{entry.name}: {entry.problem.reason}" for entry in found if entry.problem]
     if len(found) > 1:
         reasons.append(f"it has two masks, {found[0].name} and {found[1].name}; remove one")
     if reasons:
         return replace(item, problem=item.problem or Problem("mask", printable(reasons[0])))
-    return replace(item, mask=found[0].path) if found else item
+    return replace(item, mask=found[0].location) if found else item
 
 
 def read_mask(data: bytes, *, alpha: bool) -> Image.Image:

@@ -2,15 +2,19 @@
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from components.config import DataConfig
-from components.curation.memory import FileDigest, hash_files, remembering
+from components.curation.memory import CHUNK, FileDigest, Learn, Recall, hash_files, remembering
 from components.curation.sources import Item, SourceReading, read_data
 from components.stages import Bench, canonical_json
+
+ScanStep = Literal["list", "read", "scan"]  # files are listed, captions and tables read, pictures looked at
+OnScan = Callable[[ScanStep, int, int | None], None]  # how many files so far, and of how many where that is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +48,50 @@ class Scan:
 
 
 _OWN_WAY = (  # fields that the digest knows otherwise
-    "path", "problem", "mask", "variants", "member", "is_reg", "origin", "caption_by")
+    "location", "problem", "mask", "variants", "member", "is_reg", "origin", "caption_by")
 _DIGESTED = tuple(field.name for field in fields(Item) if field.name not in _OWN_WAY)
 
 
-def scan(bench: Bench, data: DataConfig, *, verify: bool = False, captioned: bool = True) -> Scan:
+def unheard(step: ScanStep, done: int, total: int | None) -> None:
+    """An OnScan for those who do not care."""
+
+
+def scan(bench: Bench, data: DataConfig, *, verify: bool = False, captioned: bool = True,
+         on_progress: OnScan = unheard) -> Scan:
     """Read the sources' files and captions; unchanged files are not hashed again unless `verify`.
 
-    Raises BadInput for sources that are missing, empty, without pictures or, if they must be `captioned`, captions.
+    What is learnt is committed every CHUNK files, so that a scan that was killed goes on where it stopped. Raises
+    BadInput for sources that are missing, empty, without pictures or, if they must be `captioned`, captions.
     """
     with _everything_is_kept():
-        reading = read_data(data, remembering(bench.catalog, verify=verify), captioned=captioned)
-        alone = {path: None for item in reading.items for path in _files_of(item)}
-        digests = hash_files(bench.catalog, list(alone), verify=verify)
-        files = [_scanned(item, [digests[path] for path in _files_of(item)]) for item in reading.items]
-        return Scan(tuple(files), sum(found.hashed for found in digests.values()), reading.sources)
+        reading = read_data(data, _told(remembering(bench.catalog, verify=verify), on_progress), captioned=captioned,
+                            on_listed=lambda files: on_progress("list", files, None))
+        items, hashed = reading.items, 0
+        files: list[ScannedFile] = []
+        for start in range(0, len(items), CHUNK):
+            part = items[start : start + CHUNK]
+            on_progress("scan", start, len(items))
+            digests = hash_files(bench.catalog, list({path: None for item in part for path in _files_of(item)}),
+                                 verify=verify)
+            files += [_scanned(item, [digests[path] for path in _files_of(item)]) for item in part]
+            hashed += sum(found.hashed for found in digests.values())
+        on_progress("scan", len(items), len(items))
+        return Scan(tuple(files), hashed, reading.sources)
+
+
+def _told(recall: Recall, on_progress: OnScan) -> Recall:
+    """The same Recall; how many captions and tables it has looked at is heard."""
+    done = 0
+
+    def telling(paths: Sequence[Path], kind: str, learn: Learn) -> dict[Path, bytes | OSError]:
+        nonlocal done
+        found = recall(paths, kind, learn)
+        done += len(paths)
+        if paths:
+            on_progress("read", done, None)
+        return found
+
+    return telling
 
 
 @contextmanager
@@ -76,7 +109,7 @@ def _everything_is_kept() -> Iterator[None]:
 
 def _files_of(item: Item) -> list[Path]:
     """The files whose bytes are the item's: its picture, unless a larger file holds it, and the file of its mask."""
-    return [path for path in (item.path, item.mask) if path is not None and item.member is None]
+    return [Path(where) for where in (item.location, item.mask) if where is not None and item.member is None]
 
 
 def _scanned(item: Item, digests: Sequence[FileDigest]) -> ScannedFile:
@@ -84,7 +117,7 @@ def _scanned(item: Item, digests: Sequence[FileDigest]) -> ScannedFile:
         sha256 = item.member.sha256
         return ScannedFile(item, sha256, item.member.bytes, sha256 if item.mask is not None else None)
     problem = next((found.problem for found in digests if found.problem), None)
-    picture = digests[0] if item.path is not None else None
+    picture = digests[0] if item.location is not None else None
     mask = digests[1].sha256 if item.mask is not None else None
     sha256, size = (picture.sha256, picture.bytes) if picture else (None, 0)
     if problem is not None and item.problem is None:

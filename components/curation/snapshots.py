@@ -27,7 +27,7 @@ from components.curation.manifest import (
     parquet,
 )
 from components.curation.profiles import Thresholds, ToldProfile
-from components.curation.scanning import Scan
+from components.curation.scanning import OnScan, Scan, unheard
 from components.curation.sifting import Batch, near_pairs
 from components.curation.sources import SourceReading
 from components.curation.splits import Member, Pair, assign_splits, component_name, join_components, prove_disjoint
@@ -38,14 +38,15 @@ from components.storage import ObjectRef
 
 
 def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
-               tokenizer: str = "", captions: CaptionsConfig | None = None,
-               verify: bool = False) -> tuple[str, Scan]:
-    """The stage key of curating these sources as they are now, and the scan behind it.
+               tokenizer: str = "", captions: CaptionsConfig | None = None, verify: bool = False,
+               on_progress: OnScan = unheard, scanned: Scan | None = None) -> tuple[str, Scan]:
+    """The stage key of curating these sources as they are now, and the scan behind it, `scanned` if that was made.
 
     `tokenizer` is any text that identifies what counts the captions' tokens. The scan holds the captions that were
     chosen, so the key changes when one of them does, and not when others are stored.
     """
-    found = scan_captioned(bench, data, captions or CaptionsConfig(), dataset=dataset, verify=verify)
+    found = scanned or scan_captioned(bench, data, captions or CaptionsConfig(), dataset=dataset, verify=verify,
+                                      on_progress=on_progress)
     config = curation.settings() | {
         "dataset": dataset, "training_size": training_size, "tokenizer": tokenizer, "examine": EXAMINE_VERSION}
     return stage_key("curate", inputs={"sources": found.digest} | _models(curation), config=config), found

@@ -23,7 +23,7 @@ from components.curation.readers.rows import SUFFIXES as ROW_SUFFIXES
 from components.curation.readers.rows import member_of_rows, read_rows
 from components.curation.readers.tables import TABLE_NAMES
 from components.curation.readers.tars import member_of_tar, read_tars
-from components.curation.readers.walking import REPEATS, Entry, Listing, list_source, walk
+from components.curation.readers.walking import REPEATS, Entry, Listing, OnListed, list_source, walk
 from components.errors import BadInput
 
 __all__ = [
@@ -48,10 +48,10 @@ class Layout:
 
 def _holds_repeats(listing: Listing) -> bool:
     """Folders such as `10_sks dog` at the top, and neither pictures nor a table beside them."""
-    if not any(entry.folder and REPEATS.fullmatch(entry.name.parts[0]) for entry in listing.files):
+    if not any(entry.folder and REPEATS.fullmatch(entry.file_name.partition("/")[0]) for entry in listing.files):
         return False
-    at_top = [entry for entry in listing.files if len(entry.name.parts) == 1]
-    return not any(entry.is_picture or entry.name.name in TABLE_NAMES for entry in at_top)
+    at_top = [entry for entry in listing.files if "/" not in entry.file_name]
+    return not any(entry.is_picture or entry.file_name in TABLE_NAMES for entry in at_top)
 
 
 def _holds(*suffixes: str) -> Callable[[Listing], bool]:
@@ -106,8 +106,11 @@ class Reading:
     sources: tuple[SourceReading, ...]
 
 
-def read_data(data: DataConfig, recall: Recall = afresh, *, captioned: bool = True) -> Reading:
+def read_data(data: DataConfig, recall: Recall = afresh, *, captioned: bool = True,
+              on_listed: OnListed = lambda files: None) -> Reading:
     """Read the sources' listings, captions and tables; `recall` knows what earlier scans learnt of them.
+
+    `on_listed` hears how many files of a source were found so far.
 
     With several sources file names begin with the source folder's name. Raises BadInput, one line, for a source that
     is missing, is empty, holds no pictures, or, if they must be `captioned`, holds not a single caption, and for a
@@ -115,7 +118,7 @@ def read_data(data: DataConfig, recall: Recall = afresh, *, captioned: bool = Tr
     """
     items, said, taken = [], [], set()
     for origin, source in enumerate(data.sources):
-        found, about = _read(source, recall)
+        found, about = _read(source, recall, on_listed)
         said.append(about)
         if len(data.sources) == 1:
             require_captions(found if captioned else (), data)
@@ -155,7 +158,7 @@ def read_folder(source: DataSource) -> list[Item]:
 
 def read_picture(item: Item) -> bytes:
     """The bytes of an item's picture, which may have changed since it was scanned. Raises OSError."""
-    path, member = Path(str(item.path)), item.member
+    path, member = Path(str(item.location)), item.member
     if member is None:
         return path.read_bytes()
     return member_of_rows(path, member) if member.column else member_of_tar(path, member)
@@ -163,7 +166,7 @@ def read_picture(item: Item) -> bytes:
 
 def picture_file(item: Item) -> Path | BytesIO:
     """What Pillow opens an item's picture from."""
-    return BytesIO(read_picture(item)) if item.member else Path(str(item.path))
+    return BytesIO(read_picture(item)) if item.member else Path(str(item.location))
 
 
 def picture_files(source: DataSource) -> list[Path]:
@@ -198,9 +201,10 @@ def require_pictures(data: DataConfig) -> None:
             raise BadInput(_no_pictures(root, 0))
 
 
-def _read(source: DataSource, recall: Recall) -> tuple[list[Item], SourceReading]:
+def _read(source: DataSource, recall: Recall,
+          on_listed: OnListed = lambda files: None) -> tuple[list[Item], SourceReading]:
     (root, home), masks = _root_of(source), _masks_of(source)
-    listing = list_source(root, home, apart=masks)
+    listing = list_source(root, home, apart=masks, on_listed=on_listed)
     layout = _layout_of(source, listing)
     found = layout.read(listing, source, recall)
     items = found.items

@@ -144,7 +144,10 @@ def run_document(run: "Run") -> dict[str, Any]:
 def progress_in_words(run: "Run") -> str:
     if run.status != "running" or not run.progress:
         return ""
-    return f"{run.progress.get('stage', '')} {run.progress.get('done', '')}/{run.progress.get('total', '')}"
+    from flows.console import counted
+
+    done, total = run.progress.get("done"), run.progress.get("total")
+    return f"{run.progress.get('stage', '')} {'' if done is None else counted(done, total)}"
 
 
 def _stop_run(bench: "Bench", run: "Run") -> str:

@@ -40,7 +40,7 @@ def plan(recipe: RecipePath, data: DataFolder = None, overrides: Overrides = Non
         from flows import plans
 
         bench = open_bench()
-        document = plans.plan(bench, read_recipe(recipe, overrides, data))
+        document = plans.plan(bench, read_recipe(recipe, overrides, data), reporter.event)
         reporter.finish({"schema": SCHEMA, "status": "completed"} | document, lambda: plans.show(reporter, document))
 
 

@@ -40,7 +40,9 @@ def test_each_bucket_has_its_share_of_batches_and_steps(bench: Bench, tmp_path: 
         keep(tmp_path / "3_cats", f"{i}.png", (64, 64))
     keep(tmp_path / "1_dogs", "small.png", (48, 48))
     keep(tmp_path / "1_dogs", "wide.png", (128, 64))
-    plan = plans.plan(bench, recipe(tmp_path, test_fraction=0.1))
+    told: list[dict[str, Any]] = []
+    plan = plans.plan(bench, recipe(tmp_path, test_fraction=0.1), told.append)
+    assert told[-1] == {"event": "progress", "stage": "scanning", "done": 8, "total": 8}
     (bucket,) = plan["buckets"]
     assert (bucket["width"], bucket["height"], bucket["pictures"], bucket["repeats"]) == (64, 64, 8, 20)
     assert bucket["samples"] == pytest.approx(18) and (bucket["batches"], bucket["steps"]) == (5, 100)

@@ -13,7 +13,7 @@ from components.config import DataSource
 from components.curation.captions import CAPTION_SUFFIXES, CaptionProblem, caption_in, name_as_caption, variants_in
 from components.curation.items import NO_PICTURES, Found, Item, Problem, Skipped, printable
 from components.curation.masks import BESIDE
-from components.curation.memory import Recall, why_unreadable
+from components.curation.memory import CHUNK, Recall, why_unreadable
 from components.curation.readers.tables import JSON_TABLES, TABLE_NAMES, Row, from_row, json_rows, table_rows
 from components.curation.readers.walking import Entry, Listing
 from components.errors import BadInput
@@ -34,20 +34,24 @@ def read_pictures(listing: Listing, source: DataSource, recall: Recall, folder_n
     chosen = []
     for entry in listing.files:
         if folder_names == "required" and entry.folder is None:
-            skipped.append(Skipped(printable(entry.name), "in no folder that is named like 10_tokens, where kohya's"
+            skipped.append(Skipped(printable(entry.file_name), "in no folder that is named like 10_tokens, where kohya's"
                                    " trainers look for pictures; set layout = \"folder\" to read it"))
         else:
             ignored = folder_names == "ignored" and entry.folder is not None
             chosen.append(replace(entry, folder=None) if ignored else entry)
-    pictures = {str(entry.name): entry for entry in chosen if entry.is_picture}
+    pictures = {entry.file_name: entry for entry in chosen if entry.is_picture}
     listed, beside, unused = _what_is_said(root, chosen, pictures, source, recall)
-    texts = recall([entry.path for entries in beside.values() for entry in entries], "caption/1", _caption_bytes)
-    items = []
-    for name in sorted(pictures.keys() | listed.keys()):
-        if name in listed:
-            items.append(from_row(root, name, listed[name], pictures.get(name)))
-        else:
-            items.append(_beside_caption(root, pictures[name], beside, texts, source))
+    items: list[Item] = []
+    names = sorted(pictures.keys() | listed.keys()) if listed else sorted(pictures)
+    for start in range(0, len(names), CHUNK):
+        part = names[start : start + CHUNK]
+        captions = [entry.path for name in part if name not in listed for entry in beside.get(pictures[name].stem, ())]
+        texts = recall(captions, "caption/1", _caption_bytes)
+        for name in part:
+            if name in listed:
+                items.append(from_row(root, name, listed[name], pictures.get(name)))
+            else:
+                items.append(_beside_caption(pictures[name], beside, texts, source))
     return Found(items, sorted([*skipped, *unused], key=lambda one: one.file_name))
 
 
@@ -62,9 +66,9 @@ def _what_is_said(
     from_names = source.caption_from == "file_name"
     tables, jsons, captions, unused = [], [], [], []
     for entry in entries:
-        name = entry.name
         if entry.is_picture:
             continue
+        name = entry.name
         if name.name in TABLE_NAMES and not from_names:
             tables.append(entry)
         elif name.name in JSON_TABLES and entry.stem not in stems and not from_names:
@@ -99,20 +103,21 @@ def _why_skipped(entry: Entry, stems: set[str], source: DataSource) -> str | Non
     return None if entry.stem in stems else "no picture of this name"
 
 
-def _beside_caption(root: Path, entry: Entry, captions: Mapping[str, Sequence[Entry]],
+def _beside_caption(entry: Entry, captions: Mapping[str, Sequence[Entry]],
                     texts: Mapping[Path, bytes | OSError], source: DataSource) -> Item:
     repeats, tokens = (int(entry.folder[1]), entry.folder[2].strip()) if entry.folder else (1, "")
-    item = Item(printable(entry.name), entry.path, problem=entry.problem, repeats=max(1, repeats))
+    location = None if entry.problem else entry.location
+    item = Item(printable(entry.file_name), location, problem=entry.problem, repeats=max(1, repeats))
     if entry.problem:
-        return replace(item, path=None)
+        return item
     matches = captions.get(entry.stem, [])
     if len(matches) > 1:
-        raise BadInput(f"{root / entry.name}: has two captions, {matches[0].name} and {matches[1].name}; remove one")
+        raise BadInput(f"{entry.location}: has two captions, {matches[0].name} and {matches[1].name}; remove one")
     try:
         if source.caption_from == "file_name":
             return replace(item, caption=name_as_caption(entry.name.stem, item.file_name))
         if matches:
-            return with_caption(item, texts[matches[0].path], str(matches[0].name), source)
+            return with_caption(item, texts[matches[0].path], matches[0].file_name, source)
     except CaptionProblem as problem:
         return replace(item, problem=Problem("caption", str(problem)))
     return without_caption(item, tokens or source.class_tokens,

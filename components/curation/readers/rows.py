@@ -36,15 +36,15 @@ def read_rows(listing: Listing, source: DataSource, recall: Recall) -> Found:
     """
     files = listing.with_suffix(*SUFFIXES)
     skipped = list(listing.skipped)
-    skipped += [Skipped(printable(entry.name), "no file of rows") for entry in listing.files if entry not in files]
+    skipped += [Skipped(printable(entry.file_name), "no file of rows") for entry in listing.files if entry not in files]
     kind = f"{INDEX}/{source.image_column or ''}/{source.caption_column or ''}"
     learn = partial(_index, image_column=source.image_column, caption_column=source.caption_column)
     indexes = recall([entry.path for entry in files if not entry.problem], kind, learn)
-    splits = {entry.name: _split_of(entry.name) for entry in files}
+    splits = {entry.file_name: _split_of(entry.name) for entry in files}
     both = {"train", "test"} <= set(splits.values())
     readable, items = read_shards(files, indexes)
     for entry, rows in readable:
-        split = splits[entry.name] if both else None
+        split = splits[entry.file_name] if both else None
         items += [_item(entry, row, split, source) for row in rows]
     return Found(sorted(items, key=lambda item: item.file_name), skipped)
 
@@ -69,12 +69,12 @@ def _cells(path: Path, state: tuple[int, int], group: int, column: str) -> Any:
 
 
 def _item(entry: Entry, row: Mapping[str, Any], split: str | None, source: DataSource) -> Item:
-    name = f"{printable(entry.name)}/{row['row']:07}{row['suffix']}"
+    name = f"{printable(entry.file_name)}/{row['row']:07}{row['suffix']}"
     where = f"{entry.name.name} row {row['row']}"
-    item = provenance(Item(name, entry.path), row["about"], where)
+    item = provenance(Item(name, entry.location), row["about"], where)
     item = replace(item, split=item.split or split)
     if "problem" in row:
-        return replace(item, path=None, problem=Problem("file", f"{where}: {row['problem']}"))
+        return replace(item, location=None, problem=Problem("file", f"{where}: {row['problem']}"))
     item = replace(item, member=Member((row["place"][0], row["place"][1]), row["column"], row["sha256"], row["bytes"]))
     if row["text"] is None:
         return without_caption(item, source.class_tokens, f"{where}: the caption is empty; write one")

@@ -31,7 +31,7 @@ def read_shards(
     if refused and not readable:
         shard, problem = refused[0]
         raise BadInput(f"{shard.path}: {problem.reason}")
-    return readable, [Item(printable(shard.name), None, problem=problem) for shard, problem in refused]
+    return readable, [Item(printable(shard.file_name), None, problem=problem) for shard, problem in refused]
 
 
 def _read(index: bytes | OSError) -> Rows | Problem:

@@ -71,7 +71,7 @@ def json_rows(entries: Sequence[Entry], pictures: Mapping[str, Entry], spoken_fo
     for entry in sorted(entries, key=lambda entry: JSON_TABLES.index(entry.name.name)):
         folder = entry.name.parent
         if folder in taken:
-            skipped.append(Skipped(printable(entry.name), f"{taken[folder]} speaks for this folder"))
+            skipped.append(Skipped(printable(entry.file_name), f"{taken[folder]} speaks for this folder"))
             continue
         captions = _json_captions(_contents([entry], recall)[entry.path])
         rows = {} if captions is None else _placed(captions, entry.name, pictures, stems)
@@ -79,20 +79,20 @@ def json_rows(entries: Sequence[Entry], pictures: Mapping[str, Entry], spoken_fo
             taken[folder] = entry.name.name
             found |= rows
         else:
-            skipped.append(Skipped(printable(entry.name), "no table of captions of this folder's pictures"))
+            skipped.append(Skipped(printable(entry.file_name), "no table of captions of this folder's pictures"))
     return found, skipped
 
 
 def from_row(root: Path, name: str, row: Row, entry: Entry | None) -> Item:
     """The item that a row describes; `entry` is the file of its name, if there is one."""
     values = row.values
-    item = provenance(Item(name, entry.path if entry else root / name, problem=row.problem), values, row.where)
+    item = provenance(Item(name, entry.location if entry else None, problem=row.problem), values, row.where)
     if item.problem is None and entry is None:
         reason = f"{row.where}: {name!r} is not among the folder's pictures; add it or remove the line"
         item = replace(item, problem=Problem("file", reason))
     problem = item.problem or (entry.problem if entry else None)
     if problem:
-        return replace(item, path=None, problem=problem)
+        return replace(item, location=None, problem=problem)
     try:
         caption, *others = caption_cells(values.get("text"), row.where)
         return replace(item, caption=caption, variants=tuple(others))

@@ -29,7 +29,7 @@ def read_tars(listing: Listing, source: DataSource, recall: Recall) -> Found:
     """The pictures of every tar of the source, named `shard.tar/key.jpg`."""
     tars = listing.with_suffix(".tar")
     skipped = list(listing.skipped)
-    skipped += [Skipped(printable(entry.name), "no tar") for entry in listing.files if entry.suffix != ".tar"]
+    skipped += [Skipped(printable(entry.file_name), "no tar") for entry in listing.files if entry.suffix != ".tar"]
     indexes = recall([tar.path for tar in tars if not tar.problem], INDEX, _index)
     readable, items = read_shards(tars, indexes)
     for tar, members in readable:
@@ -106,21 +106,21 @@ def _read_index(tar: Entry, members: list[dict[str, Any]], source: DataSource) -
     captions: dict[str, list[dict[str, Any]]] = {}
     skipped = []
     for about in members:
-        full = f"{printable(tar.name)}/{about['name']}"
+        full = f"{printable(tar.file_name)}/{about['name']}"
         if "refused" in about:
             items[full] = Item(full, None, problem=Problem("file", about["refused"]))
         elif full in items:
             skipped.append(Skipped(full, "the tar holds another member of this name before it"))
         elif "place" in about:
             offset, size = about["place"]
-            items[full] = Item(full, tar.path, member=Member((offset, size), "", about["sha256"], size))
+            items[full] = Item(full, tar.location, member=Member((offset, size), "", about["sha256"], size))
         elif "text" in about:
             captions.setdefault(_split_name(about["name"])[0], []).append(about)
         else:
             skipped.append(Skipped(full, "neither a picture nor a caption by its ending after the first dot"))
-    keys = {_split_name(name.removeprefix(f"{printable(tar.name)}/"))[0] for name in items}
+    keys = {_split_name(name.removeprefix(f"{printable(tar.file_name)}/"))[0] for name in items}
     skipped += [
-        Skipped(f"{printable(tar.name)}/{about['name']}", "no picture of this key")
+        Skipped(f"{printable(tar.file_name)}/{about['name']}", "no picture of this key")
         for key, found in captions.items() if key not in keys for about in found
     ]
     return Found([_captioned(item, tar, captions, source) for item in items.values()], skipped)
@@ -129,7 +129,7 @@ def _read_index(tar: Entry, members: list[dict[str, Any]], source: DataSource) -
 def _captioned(item: Item, tar: Entry, captions: dict[str, list[dict[str, Any]]], source: DataSource) -> Item:
     if item.problem:
         return item
-    key = _split_name(item.file_name.removeprefix(f"{printable(tar.name)}/"))[0]
+    key = _split_name(item.file_name.removeprefix(f"{printable(tar.file_name)}/"))[0]
     wanted = [
         about for about in captions.get(key, [])
         if source.caption_extension in ("any", _split_name(about["name"])[1])

@@ -2,34 +2,55 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from sys import intern
 
 from components.curation.items import PICTURE_SUFFIXES, Problem, Skipped, is_picture, printable
 from components.errors import BadInput
 
 PEERS_CACHES = frozenset({"_latent_cache", "_t_e_cache", "__pycache__", "__macosx"})  # other trainers', in lower case
 REPEATS = re.compile(r"(\d+)_(.+)")  # a folder of the kohya layout
+SAID_EVERY = 1000  # files, while they are listed
+
+OnListed = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file, and what its place and its name say. A listing has many: what is asked often is worked out once."""
+    """A file, and what its place and its name say. A listing may have millions: it keeps text, and paths are made of it
+    where they are asked for."""
 
-    name: PurePosixPath  # relative to the source's folder
-    path: Path
+    file_name: str  # relative to the source's folder
+    root: str  # the source's folder, one text for all of its files
     problem: Problem | None  # why it must not be opened
     folder: re.Match[str] | None  # the innermost folder of the kohya layout
-    stem: str = field(init=False)  # the name with its folders, without its ending: what picture and caption share
     suffix: str = field(init=False)  # the ending, in lower case
     is_picture: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        ending = self.name.suffix
-        object.__setattr__(self, "stem", str(self.name).removesuffix(ending))
-        object.__setattr__(self, "suffix", ending.lower())
-        object.__setattr__(self, "is_picture", self.suffix in PICTURE_SUFFIXES and is_picture(self.name))
+        name = self.name
+        suffix = intern(name.suffix.lower())
+        object.__setattr__(self, "suffix", suffix)
+        object.__setattr__(self, "is_picture", suffix in PICTURE_SUFFIXES and is_picture(name))
+
+    @property
+    def name(self) -> PurePosixPath:
+        return PurePosixPath(self.file_name)
+
+    @property
+    def location(self) -> str:
+        return os.path.join(self.root, self.file_name)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
+
+    @property
+    def stem(self) -> str:
+        """The name with its folders, without its ending: what picture and caption share."""
+        return self.file_name.removesuffix(self.name.suffix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +69,26 @@ class Listing:
         return [entry for entry in self.files if entry.suffix in suffixes]
 
 
-def list_source(root: Path, home: Path, *, apart: Path | None = None) -> Listing:
+def list_source(
+    root: Path, home: Path, *, apart: Path | None = None, on_listed: OnListed = lambda files: None
+) -> Listing:
     """The files below `root`, or `root` itself if it is a file. Links may lead anywhere in `home`, and no further.
 
-    What lies in the folder `apart` is left out. Both folders are resolved.
+    What lies in the folder `apart` is left out. Both folders are resolved. `on_listed` hears how many there are so far.
     """
     if not root.is_dir():
-        name = PurePosixPath(root.name)
-        return Listing(root.parent, (Entry(name, root, None, None),), ())
-    found = [one for one in walk(root, home) if isinstance(one, Skipped) or not _lies_in(one.path, apart)]
-    files = tuple(one for one in found if isinstance(one, Entry))
-    return Listing(root, files, tuple(one for one in found if isinstance(one, Skipped)))
+        return Listing(root.parent, (Entry(root.name, str(root.parent), None, None),), ())
+    files: list[Entry] = []
+    skipped: list[Skipped] = []
+    for one in walk(root, home):
+        if isinstance(one, Skipped):
+            skipped.append(one)
+        elif apart is None or not one.path.is_relative_to(apart):
+            files.append(one)
+            if len(files) % SAID_EVERY == 0:
+                on_listed(len(files))
+    on_listed(len(files))
+    return Listing(root, tuple(files), tuple(skipped))
 
 
 def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
@@ -67,9 +97,10 @@ def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
 
     Raises BadInput where `root` itself may not be listed.
     """
-    opened: list[tuple[Iterator[os.DirEntry[str]], PurePosixPath, re.Match[str] | None]]
+    opened: list[tuple[Iterator[os.DirEntry[str]], str, re.Match[str] | None]]
+    at = str(root)
     try:
-        opened = [(_listed(root), PurePosixPath(), None)]
+        opened = [(_listed(root), "", None)]
     except OSError as error:
         raise BadInput(f"{root}: cannot be listed: {error.strerror}; change its permissions") from None
     while opened:  # no recursion: folders may be nested deeper than calls
@@ -78,7 +109,7 @@ def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
         if entry is None:
             opened.pop()
             continue
-        name = relative / entry.name
+        name = f"{relative}/{entry.name}" if relative else entry.name
         if entry.name.startswith("."):
             yield Skipped(printable(name), "hidden")
         elif entry.is_dir(follow_symlinks=False):
@@ -92,12 +123,14 @@ def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
         elif entry.is_symlink() and _leads_to_folder(entry):
             yield Skipped(printable(name), "a link to a folder, which is not entered")
         else:
-            yield Entry(name, root / name, _kind_problem(root, home, name, entry), folder)
+            yield Entry(name, at, _kind_problem(root, home, name, entry), folder)
 
 
 def _listed(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """By name; each is let go of once it was given, since a folder may hold a million."""
     with os.scandir(folder) as listing:
-        return iter(sorted(listing, key=lambda entry: entry.name))
+        found = sorted(listing, key=lambda entry: entry.name, reverse=True)
+    return (found.pop() for _ in range(len(found)))
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
@@ -108,10 +141,10 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
         return False
 
 
-def _kind_problem(root: Path, home: Path, name: PurePosixPath, entry: os.DirEntry[str]) -> Problem | None:
+def _kind_problem(root: Path, home: Path, name: str, entry: os.DirEntry[str]) -> Problem | None:
     """Why the file is not opened: not regular, a link out of the folder, a name that is no text. Opens nothing."""
     try:
-        str(name).encode("utf-8")
+        name.encode("utf-8")
     except UnicodeEncodeError:
         return Problem("file", "the file's name is not UTF-8; rename it")
     if entry.is_symlink():
@@ -122,7 +155,3 @@ def _kind_problem(root: Path, home: Path, name: PurePosixPath, entry: os.DirEntr
         if not target.is_relative_to(home):
             return Problem("file", "is a link to a file outside the folder; copy the file into it")
     return None if entry.is_file() else Problem("file", "is not a regular file; remove it")
-
-
-def _lies_in(path: Path, folder: Path | None) -> bool:
-    return folder is not None and path.is_relative_to(folder)
