@@ -104,7 +104,7 @@ def _cut(files: Sequence[ScannedFile]) -> Iterator[list[ScannedFile]]:
 
 
 def read_masks(store: Store, files: Sequence[ScannedFile],
-                examined: Mapping[str, Facts]) -> tuple[list[ScannedFile], dict[str, str]]:
+                examined: Mapping[str, Facts]) -> tuple[Sequence[ScannedFile], dict[str, str]]:
     """The files, those whose mask cannot be used with that problem, and the stored mask's sha256 by file name."""
     problems, masks = {}, {}
     for file in files:
@@ -118,10 +118,10 @@ def read_masks(store: Store, files: Sequence[ScannedFile],
             masks[item.file_name] = store.put(mask_png(mask)).sha256
         except BadInput as error:
             problems[item.file_name] = Problem("mask", f"{Path(item.mask).name}: {error}")
-    return [
-        replace(file, item=replace(file.item, problem=problems.get(file.item.file_name, file.item.problem)))
-        for file in files
-    ], masks
+    if problems:
+        files = [replace(file, item=replace(file.item, problem=problems[file.item.file_name]))
+                 if file.item.file_name in problems else file for file in files]
+    return files, masks
 
 
 def _is_done(store: Store, known: Facts | None, file: ScannedFile) -> bool:

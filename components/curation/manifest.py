@@ -1,13 +1,16 @@
 """A snapshot's manifest: the kept samples as Parquet bytes, the same for the same rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.storage import Store
+
+ROWS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,19 @@ def read_manifest(store: Store, digest: str) -> list[SampleRow]:
     return [SampleRow(**row | {"variants": tuple(row.get("variants") or ())}) for row in table.to_pylist()]
 
 
-def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
-    """Equal rows give equal bytes: one row group per million rows, no compression library's whims, no timestamps."""
+def parquet(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """Equal rows give equal bytes: one row group per million rows, no compression library's whims, no timestamps.
+
+    Rows are taken as they come, so that not all of them have to be there at once.
+    """
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="none", version="2.6",
-                   row_group_size=1_000_000)
+    pq.write_table(_table(rows, schema), sink, compression="none", version="2.6", row_group_size=1_000_000)
     return sink.getvalue().to_pybytes()
+
+
+def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """In one piece, since where pieces end shows in the file."""
+    coming = iter(rows)
+    parts = iter(lambda: list(islice(coming, ROWS_AT_ONCE)), [])
+    pieces = [pa.RecordBatch.from_pylist(part, schema=schema) for part in parts]
+    return pa.Table.from_batches(pieces, schema=schema).combine_chunks()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from components.config import DataConfig
 from components.curation.memory import CHUNK, FileDigest, Learn, Recall, hash_files, remembering
@@ -38,18 +38,24 @@ class Scan:
     @property
     def digest(self) -> str:
         """Names the content: files, captions and provenance, but neither the folder's place nor times."""
-        rows = [[file.sha256, *(getattr(file.item, name) for name in _DIGESTED),
-                 asdict(file.item.problem) if file.item.problem else None,
-                 *([file.mask_sha256] if file.mask_sha256 else []),
-                 *([list(file.item.variants)] if file.item.variants else []),
-                 *(["is_reg"] if file.item.is_reg else []),
-                 *([{"caption_by": file.item.caption_by}] if file.item.caption_by else [])] for file in self.files]
-        return hashlib.sha256(canonical_json(rows)).hexdigest()
+        digest = hashlib.sha256(b"[")
+        for i, file in enumerate(self.files):
+            digest.update((b"," if i else b"") + canonical_json(_digested(file)))
+        digest.update(b"]")
+        return digest.hexdigest()
 
 
 _OWN_WAY = (  # fields that the digest knows otherwise
     "location", "problem", "mask", "variants", "member", "is_reg", "origin", "caption_by")
 _DIGESTED = tuple(field.name for field in fields(Item) if field.name not in _OWN_WAY)
+
+
+def _digested(file: ScannedFile) -> list[Any]:
+    item = file.item
+    return [
+        file.sha256, *(getattr(item, name) for name in _DIGESTED), asdict(item.problem) if item.problem else None,
+        *([file.mask_sha256] if file.mask_sha256 else []), *([list(item.variants)] if item.variants else []),
+        *(["is_reg"] if item.is_reg else []), *([{"caption_by": item.caption_by}] if item.caption_by else [])]
 
 
 def unheard(step: ScanStep, done: int, total: int | None) -> None:

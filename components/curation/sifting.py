@@ -1,7 +1,7 @@
 """What is left out and why: every check's verdicts, then of pictures that are alike the best one stays."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,9 +106,9 @@ class Batch:
                          for i, verdicts in enumerate(self.verdicts) if self.rejected(i))
         return ", ".join(f"{number} {check}" for check, number in counts.most_common())
 
-    def verdict_rows(self) -> list[dict[str, Any]]:
-        return [{"file_name": file.item.file_name, "sha256": file.sha256} | asdict(verdict)
-                for file, verdicts in zip(self.files, self.verdicts, strict=True) for verdict in verdicts]
+    def verdict_rows(self) -> Iterator[dict[str, Any]]:
+        return ({"file_name": file.item.file_name, "sha256": file.sha256} | asdict(verdict)
+                for file, verdicts in zip(self.files, self.verdicts, strict=True) for verdict in verdicts)
 
 
 def judge_file(file: ScannedFile, facts: Facts | None, rules: CheckRules) -> list[Verdict]:

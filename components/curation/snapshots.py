@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from components.errors import BadInput
 from components.evaluation.model_sources import feature_key
 from components.stages import Bench, Product, stage_key
 from components.storage import ObjectRef
+
+INSERT_ROWS = 10_000
 
 
 def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
@@ -101,7 +104,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     schema = MANIFEST_SCHEMA
     for optional in OPTIONAL_FIELDS:
         schema = schema.append(optional) if any(getattr(row, optional.name) for row in rows) else schema
-    manifest = bench.store.put(parquet([asdict(row) for row in rows], schema))
+    manifest = bench.store.put(parquet((asdict(row) for row in rows), schema))
     verdicts = bench.store.put(parquet(batch.verdict_rows(), VERDICT_SCHEMA))
     profile_facts = _describe(batch, rows, curation, told, seen.cosine) | _describe_sources(found.sources)
     skipped = [asdict(one) | {"source": source.path} for source in found.sources for one in source.skipped]
@@ -249,12 +252,13 @@ def _describe_sources(sources: Sequence[SourceReading]) -> dict[str, Any]:
 def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: ObjectRef, *, dataset: str, key: str,
             profile: dict[str, Any]) -> datasets.SnapshotRow:
     """Write the snapshot's rows, all or none. A manifest that the dataset had before keeps its version."""
-    splits = {row.file_name: row for row in rows}
-    items, verdicts = [], []
-    for ordinal, i in enumerate(sorted(range(len(batch.files)), key=lambda i: (batch.rejected(i), batch.name(i)))):
-        row = None if batch.rejected(i) else splits[batch.name(i)]  # a rejected file's name may look like another's
-        items.append(_item_values(batch, i, ordinal, row))
-        verdicts += [asdict(verdict) | {"ordinal": ordinal} for verdict in batch.verdicts[i]]
+    kept = {row.file_name: row for row in rows}
+    ordered = sorted(range(len(batch.files)), key=lambda i: (batch.rejected(i), batch.name(i)))
+    items = (  # a rejected file's name may look like another's
+        _item_values(batch, i, ordinal, None if batch.rejected(i) else kept[batch.name(i)])
+        for ordinal, i in enumerate(ordered))
+    verdicts = (asdict(verdict) | {"ordinal": ordinal}
+                for ordinal, i in enumerate(ordered) for verdict in batch.verdicts[i])
     with bench.catalog.write() as session:
         snapshot = session.scalar(
             select(Snapshot).where(Snapshot.dataset == dataset, Snapshot.digest == manifest.sha256))
@@ -267,8 +271,8 @@ def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: Obj
         session.flush()
         for table, values in ((SnapshotItem, items), (VerdictRow, verdicts)):
             session.execute(delete(table).where(table.snapshot_id == snapshot.id))
-            if values:
-                session.execute(insert(table), [value | {"snapshot_id": snapshot.id} for value in values])
+            while part := [value | {"snapshot_id": snapshot.id} for value in islice(values, INSERT_ROWS)]:
+                session.execute(insert(table), part)
         return datasets.SnapshotRow(snapshot.id, dataset, snapshot.version, snapshot.digest, snapshot.kept,
                                     snapshot.rejected, snapshot.created_at, profile)
 
