@@ -27,9 +27,11 @@ RUNTIME_BYTES = 1_000_000_000  # Python with torch and diffusers loaded (measure
 OPTIMIZER_BYTES = 16  # per trained parameter: weight, gradient and two moments in fp32
 
 
-def plan(bench: Bench, recipe: Recipe, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> dict[str, Any]:
-    """The plan's document. Hashes what is new and tells how far it is, opens headers of what no curation has seen, and writes what each picture
-    loses and the worst crops into the workspace."""
+def plan(
+    bench: Bench, recipe: Recipe, on_event: Callable[[dict[str, Any]], None] = lambda event: None
+) -> dict[str, Any]:
+    """The plan's document. Hashes what is new, telling how far it is, opens headers of what no curation has seen, and
+    writes what each picture loses and the worst crops into the workspace."""
     base, training = resolve_base(recipe.base), recipe.training
     sizing = training_sizing(base, training)
     scanned = scan_captioned(

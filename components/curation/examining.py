@@ -105,7 +105,10 @@ def _cut(files: Sequence[ScannedFile]) -> Iterator[list[ScannedFile]]:
 
 def read_masks(store: Store, files: Sequence[ScannedFile],
                 examined: Mapping[str, Facts]) -> tuple[Sequence[ScannedFile], dict[str, str]]:
-    """The files, those whose mask cannot be used with that problem, and the stored mask's sha256 by file name."""
+    """The files, those whose mask cannot be used with that problem, and the stored mask's sha256 by file name.
+
+    A mask has the limits of a picture. Raises DamagedArtifact for one that has changed since it was scanned.
+    """
     problems, masks = {}, {}
     for file in files:
         facts, item = examined.get(str(file.sha256)), file.item
@@ -113,7 +116,10 @@ def read_masks(store: Store, files: Sequence[ScannedFile],
             continue
         try:
             alpha = item.mask == item.location
-            mask = read_mask(read_picture(item) if alpha else Path(item.mask).read_bytes(), alpha=alpha)
+            data = _read(file) if alpha else _read_mask_file(file)
+            if data is None:
+                raise BadInput(f"the file has more than {MAX_FILE_BYTES:,} bytes, which is no mask")
+            mask = read_mask(data, alpha=alpha)
             require_use(mask, facts.width, facts.height)
             masks[item.file_name] = store.put(mask_png(mask)).sha256
         except BadInput as error:
@@ -132,14 +138,27 @@ def _is_done(store: Store, known: Facts | None, file: ScannedFile) -> bool:
 
 def _read(file: ScannedFile) -> bytes | None:
     """The bytes that were scanned, or None where they are too many. Raises DamagedArtifact if they have changed."""
-    path = Path(str(file.item.location))
     if file.bytes > MAX_FILE_BYTES:
         return None
+    return _as_scanned(Path(str(file.item.location)), file.sha256, lambda path: read_picture(file.item))
+
+
+def _read_mask_file(file: ScannedFile) -> bytes | None:
+    """As `_read`, of the file that holds a picture's mask."""
+
+    def read(path: Path) -> bytes | None:
+        return path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else None
+
+    return _as_scanned(Path(str(file.item.mask)), file.mask_sha256, read)
+
+
+def _as_scanned(path: Path, sha256: str | None, read: Callable[[Path], bytes | None]) -> bytes | None:
+    """What `read` gives, if it has this digest. Raises DamagedArtifact."""
     try:
-        data = read_picture(file.item)
+        data = read(path)
     except OSError as error:
         raise DamagedArtifact(f"{path}: {error.strerror} since it was scanned; run the same command again") from None
-    if hashlib.sha256(data).hexdigest() != file.sha256:
+    if data is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedArtifact(f"{path}: changed while it was being read; run the same command again")
     return data
 

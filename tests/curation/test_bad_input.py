@@ -20,11 +20,12 @@ from datasets import Dataset
 
 from components.catalog import datasets
 from components.config import CurationConfig, DataConfig, load_recipe
+from components.curation import examining
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.scanning import scan
 from components.curation.snapshots import curate
 from components.curation.sources import read_data
-from components.errors import BadInput
+from components.errors import BadInput, DamagedArtifact
 from components.stages import Bench
 from tests.curation.folders import picture, pictures, table, tree_digest
 from tests.curation.handmade import png as handmade_png
@@ -213,6 +214,38 @@ def test_a_link_to_a_mask_outside_is_not_followed_and_a_pipe_for_one_is_not_open
         assert kept.keys() == {"003.png"}
         assert rejected["000.png"] == "it has two masks, 000.bmp and 000.png; remove one"
     assert str(tmp_path / "secret.png") not in opened
+
+
+def test_a_mask_has_the_limits_of_a_picture(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(examining, "MAX_FILE_BYTES", 1 << 20)
+    folder = pictures(tmp_path / "data", 4)
+    (folder / "000-masklabel.png").write_bytes(header_only_png(9_000))
+    (folder / "001-masklabel.png").write_bytes(png(91)[:300])
+    with (folder / "002-masklabel.png").open("wb") as file:
+        file.truncate((1 << 20) + 1)
+    picture(20).convert("L").save(folder / "003-masklabel.png")
+    with listening() as opened:
+        made = curate(bench, data(folder, masks="masklabel"), CurationConfig(), dataset="blobs", training_size=64)
+    assert Counter(opened)[str(folder / "002-masklabel.png")] == 1  # hashed, a piece at a time, and not read
+    said = pq.read_table(pa.BufferReader(bench.store.read(made.outputs["verdicts"].sha256))).to_pylist()
+    reasons = {row["file_name"]: row["reason"] for row in said if row["check"] == "mask"}
+    assert [row.file_name for row in read_manifest(bench.store, made.facts["digest"]) if row.mask] == ["003.png"]
+    assert reasons.keys() == {"000.png", "001.png", "002.png"}
+    assert "000-masklabel.png: its header says 9000 x 9000 pixels, more than 64,000,000" in reasons["000.png"]
+    assert "001-masklabel.png: cut short or damaged" in reasons["001.png"]
+    assert reasons["002.png"] == "002-masklabel.png: the file has more than 1,048,576 bytes, which is no mask"
+
+
+def test_a_mask_that_changed_since_the_scan_ends_the_run_in_one_line(bench: Bench, tmp_path: Path):
+    folder = pictures(tmp_path / "data", 2)
+    mask = folder / "000-masklabel.png"
+    picture(20).convert("L").save(mask)
+    scanned = scan(bench, data(folder, masks="masklabel"))
+    settings = {"dataset": "blobs", "training_size": 64, "scanned": scanned}
+    for change, said in ((lambda: picture(21).convert("L").save(mask), "changed while"), (mask.unlink, "since it was")):
+        change()
+        with pytest.raises(DamagedArtifact, match=rf"^{mask}: .*{said}.*; run the same command again$"):
+            curate(bench, data(folder), CurationConfig(), **settings)
 
 
 def test_folders_nested_deeper_than_calls_are_read_and_deeper_than_paths_are_listed(tmp_path: Path):

@@ -78,7 +78,8 @@ def test_a_first_scan_that_is_killed_goes_on_where_it_was(
         "def kill(step, done, total):\n"
         "    if step == 'scan' and done == 1000:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "scan(Bench.open(Workspace.from_environment()), DataConfig.model_validate_json(sys.argv[1]), on_progress=kill)\n"
+        "bench, data = Bench.open(Workspace.from_environment()), DataConfig.model_validate_json(sys.argv[1])\n"
+        "scan(bench, data, on_progress=kill)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, data.model_dump_json()], check=False,
                             env=os.environ | {"SAFELIGHT_HOME": str(bench.workspace.home)})  # fmt: skip

@@ -34,8 +34,8 @@ def read_pictures(listing: Listing, source: DataSource, recall: Recall, folder_n
     chosen = []
     for entry in listing.files:
         if folder_names == "required" and entry.folder is None:
-            skipped.append(Skipped(printable(entry.file_name), "in no folder that is named like 10_tokens, where kohya's"
-                                   " trainers look for pictures; set layout = \"folder\" to read it"))
+            skipped.append(Skipped(printable(entry.file_name), "in no folder that is named like 10_tokens, where"
+                                   " kohya's trainers look for pictures; set layout = \"folder\" to read it"))
         else:
             ignored = folder_names == "ignored" and entry.folder is not None
             chosen.append(replace(entry, folder=None) if ignored else entry)

@@ -23,7 +23,7 @@ class Entry:
     where they are asked for."""
 
     file_name: str  # relative to the source's folder
-    root: str  # the source's folder, one text for all of its files
+    root: str  # the source's folder, without a slash at its end; one text for all of its files
     problem: Problem | None  # why it must not be opened
     folder: re.Match[str] | None  # the innermost folder of the kohya layout
     suffix: str = field(init=False)  # the ending, in lower case
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def location(self) -> str:
-        return os.path.join(self.root, self.file_name)
+        return f"{self.root}/{self.file_name}"
 
     @property
     def path(self) -> Path:
@@ -77,7 +77,7 @@ def list_source(
     What lies in the folder `apart` is left out. Both folders are resolved. `on_listed` hears how many there are so far.
     """
     if not root.is_dir():
-        return Listing(root.parent, (Entry(root.name, str(root.parent), None, None),), ())
+        return Listing(root.parent, (Entry(root.name, str(root.parent).rstrip("/"), None, None),), ())
     files: list[Entry] = []
     skipped: list[Skipped] = []
     for one in walk(root, home):
@@ -98,7 +98,7 @@ def walk(root: Path, home: Path) -> Iterator[Entry | Skipped]:
     Raises BadInput where `root` itself may not be listed.
     """
     opened: list[tuple[Iterator[os.DirEntry[str]], str, re.Match[str] | None]]
-    at = str(root)
+    at = str(root).rstrip("/")
     try:
         opened = [(_listed(root), "", None)]
     except OSError as error:
