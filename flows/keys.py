@@ -8,7 +8,7 @@ from components.curation.scanning import Scan
 from components.families.bases import BaseModel, resolve_base
 from components.latents.keys import cache_key, training_size, training_sizing
 from components.latents.wording import Wording
-from components.stages import Bench, committed, stage_key
+from components.stages import Bench, Product, committed, stage_key
 from components.storage import sha256_of
 
 
@@ -83,7 +83,7 @@ def stage_keys(bench: Bench, recipe: Recipe, scanned: Scan) -> list[tuple[str, s
         "evaluate": None,
         "register": None,
     }
-    if snapshot := committed(bench, curate):
+    if snapshot := committed_snapshot(bench, recipe, curate):
         digest = snapshot.facts["digest"]
         sizing = training_sizing(base, recipe.training)
         keys["cache"] = cache_key(digest, base, sizing, Wording.of(recipe.training))
@@ -100,6 +100,14 @@ def stage_keys(bench: Bench, recipe: Recipe, scanned: Scan) -> list[tuple[str, s
             )
             keys["register"] = register_key(recipe, adapter_sha256=sha256, evaluation=keys["evaluate"])
     return list(keys.items())
+
+
+def committed_snapshot(bench: Bench, recipe: Recipe, key: str) -> Product | None:
+    """The snapshot that a curation would reuse, or None."""
+    from components.curation.snapshots import sides_stand
+
+    product = committed(bench, key)
+    return product if product and sides_stand(bench, recipe.curation, recipe.name, product) else None
 
 
 def mirrored_aliases(bench: Bench, name: str) -> dict[str, int]:

@@ -18,7 +18,7 @@ from components.families.tokens import caption_readers
 from components.latents.keys import training_sizing
 from components.stages import Bench, committed
 from flows.console import Reporter, number, scan_event, seconds, size
-from flows.keys import stage_keys
+from flows.keys import committed_snapshot, stage_keys
 from flows.placing import place_pictures
 
 NAMED = 3  # skipped files of one reason that are named; the JSON document has all
@@ -197,7 +197,8 @@ def _stages(bench: Bench, recipe: Recipe, scanned: Scan, *, pictures: int) -> li
     }
     stages, unknown = [], False
     for name, key in stage_keys(bench, recipe, scanned):
-        reused = None if key is None else committed(bench, key) is not None
+        found = committed_snapshot(bench, recipe, key) if name == "curate" and key else key and committed(bench, key)
+        reused = None if key is None else found is not None
         unknown = unknown or not reused
         pace = _pace(bench, name)
         cost = 0.0 if reused else None if pace is None else pace * work[name]

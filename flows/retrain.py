@@ -64,7 +64,7 @@ def reaches(upto: UpTo, stage: UpTo) -> bool:
 def curate(run_uid: str) -> str:
     """The snapshot's digest."""
     from components.curation.snapshots import curate as make_snapshot
-    from components.curation.snapshots import curate_key
+    from components.curation.snapshots import curate_key, sides_stand
 
     run = _open[run_uid]
     recipe, size = run.recipe, training_size(run.base, run.recipe.training)
@@ -94,6 +94,7 @@ def curate(run_uid: str) -> str:
             on_progress=_progress(run, "curate"),
             measure=lambda work: in_the_slot(run, {"stage": "measure", "work": work}),
         ),
+        still_there=lambda product: sides_stand(run.bench, recipe.curation, recipe.name, product),
     )
     _note_snapshot(run, result.product)
     _describe_captions(run, result.product.facts)

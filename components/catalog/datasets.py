@@ -106,7 +106,7 @@ def items_page(catalog: Catalog, snapshot_id: int, *, kept: bool | None = True, 
     if kept is not None:
         query = query.where(SnapshotItem.kept == kept)
     if split is not None:
-        query = query.where(SnapshotItem.split == split)
+        query = query.where(SnapshotItem.split == split, SnapshotItem.kept)
     if check is not None:
         spoken_of = select(Verdict.ordinal).where(Verdict.snapshot_id == snapshot_id, Verdict.check == check)
         query = query.where(SnapshotItem.ordinal.in_(spoken_of))
@@ -154,21 +154,21 @@ def find_item(catalog: Catalog, snapshot_id: int, file_name: str) -> ItemRow | N
 
 
 def splits_of(catalog: Catalog, snapshot_id: int) -> dict[str, str]:
-    """The side of each kept picture, by the digest of its pixels."""
+    """The side of each picture that has one, by the digest of its pixels: of those kept and of dropped duplicates."""
     query = select(SnapshotItem.rgb_digest, SnapshotItem.split).where(
-        SnapshotItem.snapshot_id == snapshot_id, SnapshotItem.kept, SnapshotItem.rgb_digest.is_not(None))
+        SnapshotItem.snapshot_id == snapshot_id, SnapshotItem.split.is_not(None), SnapshotItem.rgb_digest.is_not(None))
     with catalog.read() as session:
         return {digest: split for digest, split in session.execute(query) if digest and split}
 
 
 def splits_of_pictures(catalog: Catalog, snapshot_ids: Sequence[int], digests: Sequence[str]) -> dict[str, str]:
-    """The side of each picture, by the digest of its pixels, in the newest of these snapshots that keeps it."""
+    """The side of each picture, by the digest of its pixels, in the newest of these snapshots that gives it one."""
     found: dict[str, str] = {}
     with catalog.read() as session:
         for start in range(0, len(digests) if snapshot_ids else 0, QUERY_DIGESTS):
             query = select(SnapshotItem.rgb_digest, SnapshotItem.split).join(Snapshot).join(
                 ExaminedImage, ExaminedImage.sha256 == SnapshotItem.sha256).where(
-                ExaminedImage.rgb_digest.in_(digests[start : start + QUERY_DIGESTS]), SnapshotItem.kept,
+                ExaminedImage.rgb_digest.in_(digests[start : start + QUERY_DIGESTS]), SnapshotItem.split.is_not(None),
                 SnapshotItem.snapshot_id.in_(snapshot_ids)).order_by(Snapshot.version)
             found |= {digest: split for digest, split in session.execute(query) if digest and split}
     return found
@@ -181,5 +181,6 @@ def _snapshots(catalog: Catalog, query: Select[tuple[Snapshot]]) -> list[Snapsho
 
 
 def item_row(item: SnapshotItem) -> ItemRow:
-    return ItemRow(item.ordinal, item.file_name, item.sha256, item.caption, item.kept, item.split, item.group,
-                   item.component, item.width, item.height, item.licence, item.author, item.source)
+    side = item.split if item.kept else None
+    return ItemRow(item.ordinal, item.file_name, item.sha256, item.caption, item.kept, side, item.group, item.component,
+                   item.width, item.height, item.licence, item.author, item.source)

@@ -163,7 +163,7 @@ class SnapshotItem(Base):
     rgb_digest: Mapped[str | None]
     caption: Mapped[str]
     kept: Mapped[bool]
-    split: Mapped[str | None]  # "train" or "test"; None when rejected
+    split: Mapped[str | None]  # "train" or "test", of a dropped duplicate as well; None when rejected otherwise
     group: Mapped[str | None]  # concept, subject, burst: never crosses splits
     component: Mapped[str | None]  # duplicates and groups joined; never crosses splits
     width: Mapped[int | None]

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from sqlalchemy import delete, func, insert, select
+from sqlalchemy.orm import Session
 
 from components.catalog import datasets
 from components.catalog.models import Snapshot, SnapshotItem
@@ -34,10 +35,11 @@ from components.curation.sources import SourceReading
 from components.curation.splits import Member, Pair, assign_splits, component_name, join_components, prove_disjoint
 from components.errors import BadInput
 from components.evaluation.model_sources import feature_key
-from components.stages import Bench, Product, stage_key
+from components.stages import Bench, Product, canonical_json, stage_key
 from components.storage import ObjectRef
 
 INSERT_ROWS = 10_000
+GONE = "sides_of_gone"  # in a profile: of pictures that the snapshot's folder held as duplicates and holds no more
 
 
 def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
@@ -86,8 +88,9 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     pairs = sorted({*near_pairs(bench, batch, usable, curation, rules.thresholds), *seen.pairs})
     members = [_member(batch, i) for i in usable]
     components = join_components(members, pairs)
+    earlier = _earlier_splits(bench, dataset, curation, [member.identity for member in members])
     splits = assign_splits(members, components, test_fraction=curation.test_fraction, salt=curation.split_salt,
-                           earlier=_earlier_splits(bench, dataset, curation, [member.identity for member in members]))
+                           earlier=earlier)
     batch.drop_exact_duplicates()
     if curation.near_duplicates:
         batch.drop_near_duplicates([(usable[i], usable[j]) for i, j in pairs])
@@ -109,11 +112,13 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     profile_facts = _describe(batch, rows, curation, told, seen.cosine) | _describe_sources(found.sources)
     skipped = [asdict(one) | {"source": source.path} for source in found.sources for one in source.skipped]
     listed = {"skipped": bench.store.put(parquet(skipped, SKIPPED_SCHEMA))} if skipped else {}
-    snapshot = _record(bench, batch, rows, manifest, dataset=dataset, key=key, profile=profile_facts)
+    sides = dict(zip(usable, splits, strict=True))
+    snapshot = _record(bench, batch, rows, manifest, sides, dataset=dataset, key=key, profile=profile_facts)
     facts = profile_facts | {
         "dataset": dataset, "version": snapshot.version, "digest": manifest.sha256, "snapshot_id": snapshot.id,
         "kept": snapshot.kept, "rejected": snapshot.rejected, "train": profile_facts["splits"].get("train", 0),
-        "test": profile_facts["splits"].get("test", 0), "examined": decoded, "hashed": found.hashed}
+        "test": profile_facts["splits"].get("test", 0), "examined": decoded, "hashed": found.hashed,
+        "overruled": _overruled({member.identity: side for member, side in zip(members, splits, strict=True)}, earlier)}
     return Product({"manifest": manifest, "verdicts": verdicts, **listed}, facts, items=len(found.files))
 
 
@@ -170,12 +175,39 @@ def _earlier_splits(bench: Bench, dataset: str, curation: CurationConfig, identi
     """The side of each identity in the dataset's newest snapshot that has it, of those under this salt and fraction.
 
     Not only in the latest: a picture that was taken out and comes back must not be tested on after it was trained on.
+    Nor only of those that were kept: what was trained on may have been the twin of one that was dropped.
     """
-    snapshots = datasets.list_snapshots(bench.catalog, dataset)
-    ids = [row.id for row in snapshots if row.profile.get("lots") == _lots(curation)]
+    snapshots = [row for row in datasets.list_snapshots(bench.catalog, dataset)
+                 if row.profile.get("lots") == _lots(curation)]
+    ids = [row.id for row in snapshots]
     found = datasets.splits_of(bench.catalog, ids[0]) if ids else {}
     missing = [identity for identity in identities if identity not in found]
-    return datasets.splits_of_pictures(bench.catalog, ids[1:], missing) | found
+    found = datasets.splits_of_pictures(bench.catalog, ids[1:], missing) | found
+    gone = [entry for row in reversed(snapshots) for entry in row.profile.get(GONE, {}).items()]
+    return found | {identity: side for identity, side in gone if side == "train" or identity not in found}
+
+
+def sides_stand(bench: Bench, curation: CurationConfig, dataset: str, product: Product) -> bool:
+    """Whether a committed snapshot's sides are still those that its pictures would get, so that it can be reused.
+
+    Snapshots that were made since may have moved a picture to train. Their sides are no part of the key, where they
+    belong by what they do: a snapshot is itself one of them from the moment it is made, and would never be found again
+    under the key that it was made for.
+    """
+    newest = next((row for row in datasets.list_snapshots(bench.catalog, dataset)
+                   if row.profile.get("lots") == _lots(curation)), None)
+    if newest is None or newest.id == product.facts["snapshot_id"]:
+        return True
+    own = datasets.splits_of(bench.catalog, product.facts["snapshot_id"])
+    now = _earlier_splits(bench, dataset, curation, list(own))
+    return _overruled(own, now) in (None, product.facts.get("overruled"))
+
+
+def _overruled(sides: Mapping[str, str], earlier: Mapping[str, str]) -> str | None:
+    """Names the earlier sides that a snapshot did not follow, since its data says otherwise or joins two of them."""
+    against = sorted((identity, earlier[identity]) for identity, side in sides.items()
+                     if earlier.get(identity, side) != side)
+    return hashlib.sha256(canonical_json(against)).hexdigest() if against else None
 
 
 def _lots(curation: CurationConfig) -> dict[str, Any]:
@@ -249,13 +281,16 @@ def _describe_sources(sources: Sequence[SourceReading]) -> dict[str, Any]:
          "skipped": {reason: len(names) for reason, names in source.reasons.items()}} for source in sources]}
 
 
-def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: ObjectRef, *, dataset: str, key: str,
-            profile: dict[str, Any]) -> datasets.SnapshotRow:
-    """Write the snapshot's rows, all or none. A manifest that the dataset had before keeps its version."""
+def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: ObjectRef, sides: Mapping[int, str], *,
+            dataset: str, key: str, profile: dict[str, Any]) -> datasets.SnapshotRow:
+    """Write the snapshot's rows, all or none. A manifest that the dataset had before keeps its version.
+
+    `sides` are those of the usable files by their positions, of dropped duplicates as well.
+    """
     kept = {row.file_name: row for row in rows}
     ordered = sorted(range(len(batch.files)), key=lambda i: (batch.rejected(i), batch.name(i)))
     items = (  # a rejected file's name may look like another's
-        _item_values(batch, i, ordinal, None if batch.rejected(i) else kept[batch.name(i)])
+        _item_values(batch, i, ordinal, None if batch.rejected(i) else kept[batch.name(i)], sides.get(i))
         for ordinal, i in enumerate(ordered))
     verdicts = (asdict(verdict) | {"ordinal": ordinal}
                 for ordinal, i in enumerate(ordered) for verdict in batch.verdicts[i])
@@ -266,6 +301,8 @@ def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: Obj
             newest = session.scalar(select(func.max(Snapshot.version)).where(Snapshot.dataset == dataset)) or 0
             snapshot = Snapshot(dataset=dataset, version=newest + 1, digest=manifest.sha256)
             session.add(snapshot)
+        else:
+            profile = profile | _gone(session, snapshot, profile, {batch.image(i).rgb_digest for i in sides})
         snapshot.stage_key, snapshot.profile = key, profile
         snapshot.kept, snapshot.rejected = len(rows), len(batch.files) - len(rows)
         session.flush()
@@ -277,13 +314,27 @@ def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: Obj
                                     snapshot.rejected, snapshot.created_at, profile)
 
 
-def _item_values(batch: Batch, i: int, ordinal: int, row: SampleRow | None) -> dict[str, Any]:
+def _gone(session: Session, snapshot: Snapshot, profile: Mapping[str, Any], here: Set[str]) -> dict[str, Any]:
+    """For the profile of a snapshot that is made once more: the sides of its dropped duplicates that are gone since.
+
+    Only a duplicate can go and leave the manifest the same; its row goes with it.
+    """
+    if snapshot.profile.get("lots") != profile["lots"]:
+        return {}
+    query = select(SnapshotItem.rgb_digest, SnapshotItem.split).where(
+        SnapshotItem.snapshot_id == snapshot.id, SnapshotItem.split.is_not(None))
+    sides = snapshot.profile.get(GONE, {}) | dict(session.execute(query).tuples().all())
+    gone = {digest: side for digest, side in sides.items() if digest not in here}
+    return {GONE: gone} if gone else {}
+
+
+def _item_values(batch: Batch, i: int, ordinal: int, row: SampleRow | None, side: str | None) -> dict[str, Any]:
     file, facts = batch.files[i], batch.facts[i]
     item = file.item
     known = isinstance(facts, ImageFacts)
     return {
         "ordinal": ordinal, "file_name": item.file_name, "sha256": file.sha256, "caption": item.caption,
         "rgb_digest": facts.rgb_digest if known else None, "kept": row is not None,
-        "split": row.split if row else None, "group": item.group, "component": row.component if row else None,
+        "split": side, "group": item.group, "component": row.component if row else None,
         "width": facts.width if known else None, "height": facts.height if known else None,
         "licence": item.licence, "author": item.author, "source": item.source}

@@ -96,6 +96,17 @@ def test_a_pages_verdicts_come_by_ordinal(catalog: Catalog):
     assert found[26] == [datasets.VerdictRow(26, "tiny", "reject", 3.0, 64.0, "small")]
 
 
+def test_a_dropped_duplicates_side_is_known_and_not_shown(catalog: Catalog):
+    snapshot = add_snapshot(catalog)
+    with catalog.write() as session:
+        item = session.get_one(SnapshotItem, (snapshot, KEPT))
+        item.rgb_digest, item.split = "rgb-twin", "test"
+    assert datasets.splits_of(catalog, snapshot)["rgb-twin"] == "test"
+    assert KEPT not in ordinals(datasets.items_page(catalog, snapshot, kept=None, split="test"))
+    (shown,) = datasets.items_page(catalog, snapshot, kept=False, limit=1).items
+    assert (shown.ordinal, shown.split) == (KEPT, None)
+
+
 def test_the_sides_of_kept_pictures_are_known_by_their_pixels(catalog: Catalog):
     sides = datasets.splits_of(catalog, add_snapshot(catalog))
     assert len(sides) == KEPT and sides["rgb-5"] == "test" and sides["rgb-6"] == "train"

@@ -20,10 +20,10 @@ from components.config import CurationConfig
 from components.curation.examining import SHARD_ITEMS
 from components.curation.manifest import SampleRow, read_manifest
 from components.curation.pixels import rgb_digest
-from components.curation.snapshots import curate, curate_key
+from components.curation.snapshots import curate, curate_key, sides_stand
 from components.curation.splits import lot
 from components.errors import BadInput, DamagedArtifact
-from components.stages import Bench, Product
+from components.stages import Bench, Product, StageResult, ensure
 from tests.curation.folders import curated, new_bench, picture, pictures, sources, table, tree_digest
 
 
@@ -237,6 +237,93 @@ def test_new_pictures_and_better_copies_move_no_old_one(bench: Bench, tmp_path: 
     for name, side in before.items():
         row = after.get(name) or after[f"better-{name}"]
         assert row.split == side
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> tuple[Path, str]:
+    """A folder where large.png is kept and its twin 001.png dropped, and a salt by which the two draw train together
+    and the dropped one draws test alone."""
+    folder, dropped = pictures(tmp_path / "data", 6), rgb_digest(picture(1))
+    large = next(twin for twin in (picture(1, side=side) for side in range(96, 160)) if rgb_digest(twin) < dropped)
+    large.save(folder / "large.png")  # the pair has the name, and so the lot, of the lower digest
+    (folder / "large.txt").write_text("again, larger")
+    return folder, next(salt for salt in map(str, range(1000)) if lot(salt, f"pixels {rgb_digest(large)}") >= 0.5
+                        and lot(salt, f"pixels {dropped}") < 0.5)
+
+
+def test_a_dropped_twin_has_the_side_of_the_one_that_was_kept_once_that_is_gone(
+    bench: Bench, twins: tuple[Path, str]
+):
+    folder, salt = twins
+    settings = {"split_salt": salt, "test_fraction": 0.5}
+    first = curated(bench, folder, **settings)
+    assert rejects(bench, first) == {"001.png": "near_duplicate"}
+    assert samples(bench, first)["large.png"].split == "train"
+    for name in ("large.png", "large.txt"):
+        (folder / name).unlink()
+    assert samples(bench, curated(bench, folder, **settings))["001.png"].split == "train"
+    new = new_bench(folder.parent / "new")
+    assert samples(new, curated(new, folder, **settings))["001.png"].split == "test"
+
+
+def test_a_dropped_twin_that_was_gone_while_nothing_else_changed_keeps_its_side_too(
+    bench: Bench, twins: tuple[Path, str]
+):
+    folder, salt = twins
+    settings = {"split_salt": salt, "test_fraction": 0.5}
+    with_it = curated(bench, folder, **settings)
+    (folder / "001.png").rename(folder.parent / "away.png")
+    without = curated(bench, folder, **settings)
+    assert without.facts["snapshot_id"] == with_it.facts["snapshot_id"]  # the same manifest, made once more
+    (folder / "large.png").unlink()
+    curated(bench, folder, **settings)
+    (folder.parent / "away.png").rename(folder / "001.png")
+    assert samples(bench, curated(bench, folder, **settings))["001.png"].split == "train"
+
+
+def staged(bench: Bench, folder: Path, **settings: object) -> StageResult:
+    """As a run makes or reuses a snapshot."""
+    curation, sizes = CurationConfig.model_validate(settings), {"dataset": "blobs", "training_size": 64}
+    key, scanned = curate_key(bench, sources(folder), curation, **sizes)
+    return ensure(bench, "curate", key,
+                  lambda: curate(bench, sources(folder), curation, scanned=scanned, key=key, **sizes),
+                  still_there=lambda product: sides_stand(bench, curation, "blobs", product))
+
+
+def test_a_snapshot_is_not_reused_where_a_later_one_has_trained_on_what_it_tests(bench: Bench, tmp_path: Path):
+    folder = pictures(tmp_path / "data", 8)
+
+    def of_groups(**groups: str) -> StageResult:
+        table(folder, [{"file_name": path.name, "text": path.name, "group": groups.get(path.stem)}
+                       for path in sorted(folder.glob("*.png"))])
+        return staged(bench, folder, test_fraction=0.3)
+
+    first = of_groups()
+    sides = {name: row.split for name, row in samples(bench, first.product).items()}
+    tested, trained = (next(name[:-4] for name in sides if sides[name] == side) for side in ("test", "train"))
+    assert of_groups().outcome == "reused"
+    joined = of_groups(**{tested: "one", trained: "one"})
+    assert samples(bench, joined.product)[f"{tested}.png"].split == "train"
+
+    back = of_groups()
+    assert back.key == first.key and back.outcome != "reused"
+    assert {name: row.split for name, row in samples(bench, back.product).items()} == sides | {f"{tested}.png": "train"}
+    assert of_groups().outcome == "reused"
+
+
+def test_data_that_takes_its_word_on_a_side_back_is_made_once_and_then_reused(bench: Bench, tmp_path: Path):
+    folder = pictures(tmp_path / "data", 4)
+
+    def stated(side: str) -> StageResult:
+        table(folder, [{"file_name": path.name, "text": path.name, "split": side if path.stem == "000" else "train"}
+                       for path in sorted(folder.glob("*.png"))])
+        return staged(bench, folder)
+
+    first, second = stated("test"), stated("train")
+    assert (first.outcome, second.outcome) == ("produced", "produced")
+    again = stated("test")
+    assert again.product.outputs["manifest"] == first.product.outputs["manifest"]
+    assert stated("test").outcome == "reused"
 
 
 def test_a_picture_that_was_gone_for_a_version_comes_back_to_the_side_it_had(bench: Bench, tmp_path: Path):

@@ -35,7 +35,7 @@ from components.catalog.models import Base, Snapshot, SnapshotItem
 from components.config import CurationConfig, DataConfig, DataSource
 from components.curation import memory
 from components.curation.manifest import read_manifest
-from components.curation.snapshots import curate, curate_key
+from components.curation.snapshots import curate, curate_key, sides_stand
 from components.errors import BadInput
 from components.stages import Bench, Product, ensure
 from components.workspace import Workspace
@@ -275,7 +275,8 @@ def snapshot_of(bench: Bench, folder: Folder) -> Product | str:
     settings = {"dataset": DATASET, "training_size": SIDE}
     try:
         key, scanned = curate_key(bench, data, curation, **settings)
-        made = ensure(bench, "curate", key, lambda: curate(bench, data, curation, scanned=scanned, key=key, **settings))
+        made = ensure(bench, "curate", key, lambda: curate(bench, data, curation, scanned=scanned, key=key, **settings),
+                      still_there=lambda product: sides_stand(bench, curation, DATASET, product))  # fmt: skip
         return made.product
     except BadInput as error:
         return str(error)
