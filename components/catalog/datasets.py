@@ -1,11 +1,11 @@
 """Datasets: snapshots, what is in them, and what the checks said. The queries that flows and dashboard share."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, delete, func, insert, select
 
 from components.catalog.database import Catalog
 from components.catalog.models import ExaminedImage, Snapshot, SnapshotItem, Verdict
@@ -65,6 +65,17 @@ class VerdictRow:
     score: float | None
     threshold: float | None
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """One check's word on one file that is noted once its snapshot is there."""
+
+    decision: str  # "flag" or "reject"
+    score: float
+    threshold: float
+    reason: str
+    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,18 @@ def note_in_profile(catalog: Catalog, snapshot_id: int, name: str, value: Any) -
     with catalog.write() as session:
         snapshot = session.get_one(Snapshot, snapshot_id)
         snapshot.profile = snapshot.profile | {name: value}
+
+
+def note_check(catalog: Catalog, snapshot_id: int, check: str, said: Mapping[str, Noted]) -> None:
+    """Write what a check says of kept files, by their names, in place of what it said of the snapshot before."""
+    kept = select(SnapshotItem.file_name, SnapshotItem.ordinal).where(
+        SnapshotItem.snapshot_id == snapshot_id, SnapshotItem.kept)
+    with catalog.write() as session:
+        session.execute(delete(Verdict).where(Verdict.snapshot_id == snapshot_id, Verdict.check == check))
+        rows = [asdict(said[name]) | {"snapshot_id": snapshot_id, "check": check, "ordinal": ordinal}
+                for name, ordinal in session.execute(kept) if name in said] if said else []
+        if rows:
+            session.execute(insert(Verdict), rows)
 
 
 def find_item(catalog: Catalog, snapshot_id: int, file_name: str) -> ItemRow | None:

@@ -68,8 +68,6 @@ class CheckRules:
     min_side: int                              # px
     max_aspect: float
     min_caption_words: int
-    count_tokens: Callable[[str], int] | None = None   # by the training tokenizer; None: tokens are not counted
-    max_tokens: int = 77
     thresholds: Thresholds = PHOTO             # of the set's profile
     licences: tuple[str, ...] | None = None    # SPDX ids that are allowed; None: any, or none stated
 
@@ -146,20 +144,16 @@ CHECKS: tuple[Check, ...] = (
     Check("caption_short", 1, "flag", "below", lambda rules: rules.min_caption_words,
           lambda facts, caption, rules: len(caption.split()),
           "The caption has {score:.0f} words, at least {threshold:.0f} are asked for."),
-    Check("caption_tokens", 1, "flag", "above", lambda rules: rules.max_tokens,
-          lambda facts, caption, rules: rules.count_tokens(caption) if rules.count_tokens else 0,
-          "The caption has {score:.0f} tokens, the text encoder reads {threshold:.0f}."),
 )
 
 
-def check_rules(config: CurationConfig, training_size: int, *, count_tokens: Callable[[str], int] | None = None,
-                max_tokens: int = 77, profile: Profile = "photo") -> CheckRules:
+def check_rules(config: CurationConfig, training_size: int, *, profile: Profile = "photo") -> CheckRules:
     """The recipe's rules for a base that trains at `training_size` px; thresholds it names go before its profile's."""
     own = {name: check.threshold for name, check in config.judged().items() if name in THRESHOLDS}
     min_side = min(USUAL_MIN_SIDE, training_size) if config.min_side == "auto" else config.min_side
     return CheckRules(training_size=training_size, min_side=min_side, max_aspect=config.max_aspect,
                       thresholds=replace(PROFILES[profile], **own), min_caption_words=config.min_caption_words,
-                      count_tokens=count_tokens, max_tokens=max_tokens, licences=config.licences)
+                      licences=config.licences)
 
 
 def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts | Unreadable:

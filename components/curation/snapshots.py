@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -43,17 +43,18 @@ GONE = "sides_of_gone"  # in a profile: of pictures that the snapshot's folder h
 
 
 def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
-               tokenizer: str = "", captions: CaptionsConfig | None = None, verify: bool = False,
-               on_progress: OnScan = unheard, scanned: Scan | None = None) -> tuple[str, Scan]:
+               captions: CaptionsConfig | None = None, verify: bool = False, on_progress: OnScan = unheard,
+               scanned: Scan | None = None) -> tuple[str, Scan]:
     """The stage key of curating these sources as they are now, and the scan behind it, `scanned` if that was made.
 
-    `tokenizer` is any text that identifies what counts the captions' tokens. The scan holds the captions that were
-    chosen, so the key changes when one of them does, and not when others are stored.
+    The scan holds the captions that were chosen, so the key changes when one of them does, and not when others are
+    stored. How a base's tokenizer reads them is noted later, by caption_statistics.py, and is no part of it.
     """
     found = scanned or scan_captioned(bench, data, captions or CaptionsConfig(), dataset=dataset, verify=verify,
                                       on_progress=on_progress)
     config = curation.settings() | {
-        "dataset": dataset, "training_size": training_size, "tokenizer": tokenizer, "examine": EXAMINE_VERSION}
+        "dataset": dataset, "training_size": training_size, "examine": EXAMINE_VERSION,
+        "tokenizer": ""}  # what it was before captions were counted elsewhere, so that keys are what they were
     return stage_key("curate", inputs={"sources": found.digest} | _models(curation), config=config), found
 
 
@@ -64,8 +65,8 @@ def _models(curation: CurationConfig) -> dict[str, str]:
 
 
 def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset: str, training_size: int,
-           count_tokens: Callable[[str], int] | None = None, on_progress: OnProgress = lambda done, total: None,
-           scanned: Scan | None = None, key: str = "", measure: Measure = no_models) -> Product:
+           on_progress: OnProgress = lambda done, total: None, scanned: Scan | None = None, key: str = "",
+           measure: Measure = no_models) -> Product:
     """Check, deduplicate and split the sources' pictures; store what is readable and write down every verdict.
 
     `measure` has models look at pictures, where the recipe asks for that.
@@ -79,7 +80,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     files, masks = read_masks(bench.store, found.files, examined)
     batch = Batch(files, [examined.get(file.sha256) if file.sha256 else None for file in files])
     told = _profile(bench, batch, curation)
-    rules = check_rules(curation, training_size, count_tokens=count_tokens, profile=told.profile)
+    rules = check_rules(curation, training_size, profile=told.profile)
     batch.judge(rules)
     _judge_by_models(bench, batch, curation, measure)
 

@@ -1,12 +1,17 @@
 """What is said of a snapshot's captions: counted by the training tokenizer, with what falls off the end."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from components.catalog import datasets
+from components.catalog.datasets import Noted
 from components.config import BaseModelConfig, DataConfig, DataSource
 from components.curation.caption_statistics import (
     NAME,
+    counted,
+    cut_captions,
     describe_captions,
     note_caption_statistics,
     noted_statistics,
@@ -32,7 +37,7 @@ def row(name: str, text: str, **fields: object) -> SampleRow:
     return SampleRow("0" * 64, "0" * 64, name, text, None, "c", "train", 8, 8, None, None, None, 1, **fields)  # type: ignore[arg-type]
 
 
-def test_lengths_repetitions_words_tags_trigger_and_authors_are_counted():
+def test_lengths_repetitions_words_tags_trigger_and_authors_arecounted():
     rows = [
         row("a.png", "sks fox, red, app icon"),
         row("b.png", "sks fox, blue, app icon", caption_by="Ada"),
@@ -52,6 +57,38 @@ def test_lengths_repetitions_words_tags_trigger_and_authors_are_counted():
         {"file_name": "d.png", "tokens": 10, "lost": "under the moon"},
     ]
     assert (unlimited["truncated"], unlimited["worst"]) == (0, [])
+
+
+def test_a_picture_is_flagged_where_most_of_its_captions_is_cut():
+    rows = [row("a.png", "one two"), row("b.png", "one two three", variants=("one two three four five",))]
+    lengths = [counted(rows, by_word(limit)) for limit in (4, 6, None)]
+    reason = "The caption has 7 tokens, sdxl (words) reads 4: “three four five” is cut off."
+    assert cut_captions(lengths, "sdxl") == {"b.png": Noted("flag", 7.0, 4.0, reason, "1")}
+    assert cut_captions([counted(rows, by_word(7))], "sdxl") == {}
+
+
+def test_flags_of_cut_captions_are_of_the_base_that_asked_last_and_not_of_the_snapshot(bench: Bench, tmp_path: Path):
+    folder = pictures(tmp_path / "data", 3)
+    (folder / "001.txt").write_text("red rocket, app icon style " * 4 + "with a Last Word")
+    product, base = curated(bench, folder), resolve_base(BaseModelConfig())
+    facts, data = product.facts, DataConfig(sources=(DataSource(path=str(folder)),))
+    assert "caption_tokens" not in facts["flags"]
+    note_caption_statistics(bench, facts["snapshot_id"], facts["digest"], base, data)
+    (item,) = datasets.items_page(bench.catalog, facts["snapshot_id"], check="caption_tokens").items
+    ((flag, *others),) = datasets.verdicts_of(bench.catalog, facts["snapshot_id"], [item.ordinal]).values()
+    assert (item.file_name, flag.check, flag.decision, others) == ("001.png", "caption_tokens", "flag", [])
+    (reader,) = caption_readers(base)
+    assert (flag.score, flag.threshold) == (reader.count([item.caption])[0], reader.limit)
+    assert flag.reason.endswith("Last Word” is cut off.")
+
+    far = shutil.copytree(base.path, tmp_path / "base")
+    settings = json.loads((far / "tokenizer" / "tokenizer_config.json").read_text()) | {"model_max_length": 1000}
+    (far / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    other = resolve_base(BaseModelConfig(model=str(far)))
+    note_caption_statistics(bench, facts["snapshot_id"], facts["digest"], other, data)
+    assert datasets.items_page(bench.catalog, facts["snapshot_id"], check="caption_tokens").items == ()
+    assert noted_statistics(bench, facts["snapshot_id"], facts["digest"], base, data) is None  # so it is noted anew
+    assert curated(bench, folder).outputs == product.outputs
 
 
 def test_what_the_embedded_base_does_not_read_is_what_its_tokenizer_cuts():
