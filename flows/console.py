@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 MARKS = {"pass": "+", "hold": "?", "reject": "-"}  # of the gate's checks
 DASH = "–"
-SCAN_STEPS = {"list": "listing", "read": "captions", "scan": "scanning"}
 
 
 class Reporter:
@@ -93,11 +92,12 @@ class Reporter:
             )
             self._progress.start()
         if stage not in self._bars:
+            self._settle()
             self._bars[stage] = self._progress.add_task(stage, total=total, counted="")
         self._progress.update(self._bars[stage], completed=done, total=total, counted=counted(done, total))
 
     def _settle(self) -> None:
-        """Take the bars away of a stage that has ended, of its scan as well."""
+        """Take the bar away of what has ended: one thing is done at a time."""
         while self._bars and self._progress is not None:
             self._progress.remove_task(self._bars.popitem()[1])
 
@@ -109,7 +109,7 @@ def write_document(document: Mapping[str, Any], file: IO[str] | None = None) -> 
 
 def scan_event(step: str, done: int, total: int | None) -> dict[str, Any]:
     """How far a scan of the sources is, as an event; without `total` where nobody knows yet."""
-    return {"event": "progress", "stage": SCAN_STEPS[step], "done": done, "total": total}
+    return {"event": "progress", "stage": step, "done": done, "total": total}
 
 
 def counted(done: int, total: int | None) -> str:

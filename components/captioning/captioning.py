@@ -101,7 +101,14 @@ def caption_pictures(
     when asked to stop; what is committed stays.
     """
     captioner, source = _captioner(bench, spec, captions)
-    found = scan(bench, data, captioned=False)
+    found = scan(
+        bench,
+        data,
+        captioned=False,
+        on_progress=lambda step, done, total: on_event(
+            {"event": "progress", "stage": step, "done": done, "total": total}
+        ),
+    )
     subjects = _subjects(found.files, data, captions, captioner, stored.edits(bench.catalog, dataset).keys(), extent)
     report = Report(captioner.name, source, captioner.revision, len(subjects))
     if not extent.overwrite:

@@ -13,7 +13,7 @@ from components.curation.memory import CHUNK, FileDigest, Learn, Recall, hash_fi
 from components.curation.sources import Item, SourceReading, read_data
 from components.stages import Bench, canonical_json
 
-ScanStep = Literal["list", "read", "scan"]  # files are listed, captions and tables read, pictures looked at
+ScanStep = Literal["listing", "captions", "scanning"]  # of all files, of what speaks of pictures, of pictures
 OnScan = Callable[[ScanStep, int, int | None], None]  # how many files so far, and of how many where that is known
 
 
@@ -71,17 +71,17 @@ def scan(bench: Bench, data: DataConfig, *, verify: bool = False, captioned: boo
     """
     with _everything_is_kept():
         reading = read_data(data, _told(remembering(bench.catalog, verify=verify), on_progress), captioned=captioned,
-                            on_listed=lambda files: on_progress("list", files, None))
+                            on_listed=lambda files: on_progress("listing", files, None))
         items, hashed = reading.items, 0
         files: list[ScannedFile] = []
         for start in range(0, len(items), CHUNK):
             part = items[start : start + CHUNK]
-            on_progress("scan", start, len(items))
+            on_progress("scanning", start, len(items))
             digests = hash_files(bench.catalog, list({path: None for item in part for path in _files_of(item)}),
                                  verify=verify)
             files += [_scanned(item, [digests[path] for path in _files_of(item)]) for item in part]
             hashed += sum(found.hashed for found in digests.values())
-        on_progress("scan", len(items), len(items))
+        on_progress("scanning", len(items), len(items))
         return Scan(tuple(files), hashed, reading.sources)
 
 
@@ -94,7 +94,7 @@ def _told(recall: Recall, on_progress: OnScan) -> Recall:
         found = recall(paths, kind, learn)
         done += len(paths)
         if paths:
-            on_progress("read", done, None)
+            on_progress("captions", done, None)
         return found
 
     return telling

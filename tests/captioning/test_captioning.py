@@ -219,7 +219,8 @@ test_captioning.Chosen = Slow
 captioner.CAPTIONERS["meter"] = "tests.captioning.test_captioning:Chosen"
 report = captioning.caption_pictures(
     Bench.open(Workspace(home)), sources(folder), CaptionsConfig(batch_size=2), f"meter={folder.parent / 'weights'}",
-    dataset="blobs", extent=captioning.Extent(), on_event=lambda event: print(event, flush=True))
+    dataset="blobs", extent=captioning.Extent(),
+    on_event=lambda event: "stage" in event or print(event, flush=True))  # of captions, not of the scan
 print(report.known, report.captioned)
 """
 

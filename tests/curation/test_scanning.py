@@ -60,8 +60,8 @@ def test_a_scan_tells_how_far_it_is(bench: Bench, tmp_path: Path):
     data = headers(tmp_path / "data", 1100)
     scan(bench, data, on_progress=lambda *step: told.append(step))
     assert told == [
-        ("list", 1000, None), ("list", 1102, None), ("read", 2, None),
-        ("scan", 0, 1100), ("scan", 500, 1100), ("scan", 1000, 1100), ("scan", 1100, 1100),
+        ("listing", 1000, None), ("listing", 1102, None), ("captions", 2, None),
+        ("scanning", 0, 1100), ("scanning", 500, 1100), ("scanning", 1000, 1100), ("scanning", 1100, 1100),
     ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_a_first_scan_that_is_killed_goes_on_where_it_was(
         "from components.stages import Bench\n"
         "from components.workspace import Workspace\n"
         "def kill(step, done, total):\n"
-        "    if step == 'scan' and done == 1000:\n"
+        "    if step == 'scanning' and done == 1000:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "bench, data = Bench.open(Workspace.from_environment()), DataConfig.model_validate_json(sys.argv[1])\n"
         "scan(bench, data, on_progress=kill)\n"

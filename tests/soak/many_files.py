@@ -59,7 +59,7 @@ def killed_look(bench: Bench, data: DataConfig) -> dict[str, Any]:
     """A look that does not survive half of its files."""
 
     def kill(step: str, done: int, total: int | None) -> None:
-        if step == "scan" and total is not None and done >= total // 2:
+        if step == "scanning" and total is not None and done >= total // 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
     scan(bench, data, on_progress=kill)
@@ -127,7 +127,7 @@ def went_wrong(count: int, killed: dict[str, Any], second: dict[str, Any], third
         "the third look hashed nothing": third["hashed"] == 0,
         "all files were looked at": second["files"] == third["files"] == files,
         "how far it was, was told": all(
-            told[step] >= count // 1000 for told in (second["told"], third["told"]) for step in ("list", "scan")
+            told[step] >= count // 1000 for told in (second["told"], third["told"]) for step in ("listing", "scanning")
         ),
         "no look took a gigabyte": max(step["megabytes"] for step in (killed, second, third)) < MEGABYTES,
         "the pictures were kept": last["kept"] == PICTURES,
