@@ -1,7 +1,7 @@
 """What a source gives: pictures with what is said of them, and the files that are none, each with the reason."""
 
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 PICTURE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl",
@@ -73,8 +73,16 @@ class Found:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def is_picture(name: PurePosixPath) -> bool:
-    return name.suffix.lower() in PICTURE_SUFFIXES and not name.stem.endswith(NO_PICTURES)
+def is_picture(file_name: str) -> bool:
+    ending = ending_of(file_name)
+    return ending.lower() in PICTURE_SUFFIXES and not file_name.removesuffix(ending).endswith(NO_PICTURES)
+
+
+def ending_of(file_name: str) -> str:
+    """The ending of a file's name with its dot, or nothing: `PurePath.suffix` in a tenth of its time."""
+    name = file_name.rpartition("/")[2]
+    at = name.rfind(".")
+    return name[at:] if 0 < at < len(name) - 1 else ""
 
 
 def printable(name: object) -> str:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,9 +78,9 @@ def scan(bench: Bench, data: DataConfig, *, verify: bool = False, captioned: boo
         for start in range(0, len(items), CHUNK):
             part = items[start : start + CHUNK]
             on_progress("scanning", start, len(items))
-            digests = hash_files(bench.catalog, list({path: None for item in part for path in _files_of(item)}),
-                                 verify=verify)
-            files += [_scanned(item, [digests[path] for path in _files_of(item)]) for item in part]
+            paths = [_files_of(item) for item in part]
+            digests = hash_files(bench.catalog, list(dict.fromkeys(chain(*paths))), verify=verify)
+            files += [_scanned(item, [digests[path] for path in its]) for item, its in zip(part, paths, strict=True)]
             hashed += sum(found.hashed for found in digests.values())
         on_progress("scanning", len(items), len(items))
         return Scan(tuple(files), hashed, reading.sources)

@@ -38,7 +38,7 @@ from components.evaluation.model_sources import feature_key
 from components.stages import Bench, Product, canonical_json, stage_key
 from components.storage import ObjectRef
 
-INSERT_ROWS = 10_000
+INSERT_ROWS = 1000
 GONE = "sides_of_gone"  # in a profile: of pictures that the snapshot's folder held as duplicates and holds no more
 
 

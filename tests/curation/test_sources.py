@@ -4,13 +4,14 @@ import csv
 import json
 import os
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from components.config import DataSource
+from components.curation.items import ending_of
 from components.curation.sources import Item, hash_files, read_folder, read_sources
 from components.errors import BadInput
 from components.stages import Bench
@@ -243,3 +244,8 @@ def test_an_edit_with_size_and_mtime_put_back_is_noticed(bench: Bench, tmp_path:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     assert hash_files(bench.catalog, [path])[path].sha256 != old
+
+
+@pytest.mark.parametrize("name", ["a.png", "a/b.tar.gz", "a.b/c", ".png", "a/.hidden.PNG", "a.", "a..png", "..png", "é.İ"])
+def test_a_files_ending_is_what_pathlib_says(name: str):
+    assert ending_of(name) == PurePosixPath(name).suffix

@@ -228,6 +228,6 @@ def _placed(captions: Mapping[str, Any], table: PurePosixPath, pictures: Mapping
         name, problem = contained(key, where)
         full = str(table.parent / name) if problem is None else name
         row = Row(where, {"file_name": key, "text": value}, problem)
-        named = [full] if full in pictures or is_picture(PurePosixPath(full)) else stems.get(full, [full])
+        named = [full] if full in pictures or is_picture(full) else stems.get(full, [full])
         rows |= dict.fromkeys(named, row)
     return rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from sys import intern
 
-from components.curation.items import PICTURE_SUFFIXES, Problem, Skipped, is_picture, printable
+from components.curation.items import Problem, Skipped, ending_of, is_picture, printable
 from components.errors import BadInput
 
 PEERS_CACHES = frozenset({"_latent_cache", "_t_e_cache", "__pycache__", "__macosx"})  # other trainers', in lower case
@@ -30,10 +30,8 @@ class Entry:
     is_picture: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        name = self.name
-        suffix = intern(name.suffix.lower())
-        object.__setattr__(self, "suffix", suffix)
-        object.__setattr__(self, "is_picture", suffix in PICTURE_SUFFIXES and is_picture(name))
+        object.__setattr__(self, "suffix", intern(ending_of(self.file_name).lower()))
+        object.__setattr__(self, "is_picture", is_picture(self.file_name))
 
     @property
     def name(self) -> PurePosixPath:
@@ -50,7 +48,7 @@ class Entry:
     @property
     def stem(self) -> str:
         """The name with its folders, without its ending: what picture and caption share."""
-        return self.file_name.removesuffix(self.name.suffix)
+        return self.file_name.removesuffix(ending_of(self.file_name))
 
 
 @dataclass(frozen=True, slots=True)
