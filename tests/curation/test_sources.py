@@ -246,6 +246,8 @@ def test_an_edit_with_size_and_mtime_put_back_is_noticed(bench: Bench, tmp_path:
     assert hash_files(bench.catalog, [path])[path].sha256 != old
 
 
-@pytest.mark.parametrize("name", ["a.png", "a/b.tar.gz", "a.b/c", ".png", "a/.hidden.PNG", "a.", "a..png", "..png", "é.İ"])
+@pytest.mark.parametrize(
+    "name", ["a.png", "a/b.tar.gz", "a.b/c", ".png", "a/.hidden.PNG", "a.", "a..png", "..png", "é.İ"]
+)
 def test_a_files_ending_is_what_pathlib_says(name: str):
     assert ending_of(name) == PurePosixPath(name).suffix
