@@ -68,6 +68,11 @@ class DataSource(Config):
 
 class DataConfig(Config):
     sources: tuple[DataSource, ...] = Field(min_length=1, description="Read in this order.")
+    copy_pictures: bool = Field(
+        default=True,
+        description="Whether pictures are copied into the workspace, so that a snapshot can be read whatever becomes of"
+        " the files; false: files are read where they are.",
+    )
 
 
 class CheckConfig(Config):
@@ -665,9 +670,8 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), data: Path | None 
         for name, _, source in [one.partition("=")]
     )
     captions = recipe.captions.model_copy(update={"captioners": captioners})
-    return recipe.model_copy(
-        update={"data": DataConfig(sources=sources), "training": training, "captions": captions}
-    )
+    data_there = recipe.data.model_copy(update={"sources": sources})
+    return recipe.model_copy(update={"data": data_there, "training": training, "captions": captions})
 
 
 def looking_at(recipe: Recipe, adapter: Path) -> Recipe:

@@ -54,7 +54,7 @@ class Crew:
     engine: Engine = "local"
     processes: int = 1  # of the local engine, or of a Ray that is started for the work
     ray_address: str | None = None  # of a Ray cluster that runs already; it decides by itself how many work
-    gpus: int | None = None  # of this machine, for local processes in turn; None: the work asks for none, on Ray too
+    gpus: tuple[str, ...] | None = None  # for local processes in turn; None: no GPU is asked for, on Ray too
 
 
 def run_shards(
@@ -111,7 +111,10 @@ def _in_processes(
     crew: Crew,
     named: Callable[[Shard], str],
 ) -> None:
-    workers = [_Worker(_gpu(index, crew.gpus)) for index in range(crew.processes)]
+    workers = [
+        _Worker({"CUDA_VISIBLE_DEVICES": crew.gpus[index % len(crew.gpus)]} if crew.gpus else {})
+        for index in range(crew.processes)
+    ]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in workers:
         idle.put(worker)
@@ -198,14 +201,6 @@ class _Worker:
         self.kill()
         if self._process is not None:
             _close_pipes(self._process)
-
-
-def _gpu(index: int, gpus: int | None) -> dict[str, str]:
-    """The environment in which a process sees one GPU, of those that this process sees."""
-    if not gpus:
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index % gpus]}
 
 
 def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes | None:

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from components.catalog import results
 from components.catalog.database import Catalog
-from components.curation.memory import hash_files
+from components.curation.memory import hash_files, reading_in_place
 from components.errors import DamagedArtifact
 from components.storage import ObjectRef, Store
 from components.workspace import Workspace
@@ -73,7 +73,12 @@ class Bench:
 
     @classmethod
     def open(cls, workspace: Workspace) -> "Bench":
-        return cls(workspace.create(), Store(workspace.objects), Catalog(workspace.catalog_url))
+        return cls.at(workspace, workspace.catalog_url)
+
+    @classmethod
+    def at(cls, workspace: Workspace, catalog_url: str) -> "Bench":
+        catalog = Catalog(catalog_url)
+        return cls(workspace.create(), Store(workspace.objects, reading_in_place(catalog, workspace.objects)), catalog)
 
 
 def intact(bench: Bench, digests: Iterable[str], *, verify: bool = False) -> set[str]:

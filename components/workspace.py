@@ -94,14 +94,15 @@ class Workspace:
         return Crew(engine, processes, os.environ.get("RAY_ADDRESS") or None)
 
     def encoding_crew(self, gpus: int) -> Crew:
-        """Who encodes with models: of this machine one process to each GPU, or `SAFELIGHT_ENCODERS`; Ray's otherwise.
+        """Who encodes: of this machine one process to each of its GPUs, or `SAFELIGHT_ENCODERS`; else Ray's.
 
         Raises: what `crew` does.
         """
-        crew = self.crew
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        crew = replace(self.crew, gpus=tuple(visible.split(",")) if gpus else ())
         if crew.engine == "local":
-            return replace(crew, processes=_processes("SAFELIGHT_ENCODERS", max(1, gpus)), gpus=gpus)
-        return replace(crew, gpus=gpus)
+            return replace(crew, processes=_processes("SAFELIGHT_ENCODERS", max(1, gpus)))
+        return crew
 
     def create(self) -> "Workspace":
         """Make the folders that exist in every workspace."""

@@ -21,7 +21,7 @@ log = logging.getLogger("safelight.dashboard")
 def routes(workspace: Workspace, catalog: Catalog) -> list[Route]:
     """What we serve beside the pages."""
     seal = Seal.of(workspace)
-    return [thumb_route(workspace, seal), events_route(catalog, seal)]
+    return [thumb_route(workspace, catalog, seal), events_route(catalog, seal)]
 
 
 def make_app(workspace: Workspace) -> st.App:

@@ -10,6 +10,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from components.catalog.database import Catalog
+from components.curation.memory import reading_in_place
 from components.errors import SafelightError
 from components.storage import Store
 from components.workspace import Workspace
@@ -27,9 +29,9 @@ KEPT = {
 REFUSED = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
-def thumb_route(workspace: Workspace, seal: Seal) -> Route:
+def thumb_route(workspace: Workspace, catalog: Catalog, seal: Seal) -> Route:
     """GET /thumb/{sha}/{size}.webp?k=<signature>: 403 without a good signature, 404 where no picture can be made."""
-    store = Store(workspace.objects)
+    store = Store(workspace.objects, reading_in_place(catalog, workspace.objects))
 
     def thumbnail(request: Request) -> Response:
         sha256, size = request.path_params["sha"], request.path_params["size"]

@@ -17,6 +17,7 @@ from components.families.bases import BaseModel, resolve_base
 from components.families.tokens import caption_readers
 from components.latents.keys import training_sizing
 from components.stages import Bench, committed
+from components.storage import ObjectRef
 from flows.console import Reporter, number, scan_event, seconds, size
 from flows.keys import committed_snapshot, stage_keys
 from flows.placing import place_pictures
@@ -56,6 +57,7 @@ def plan(
         "crop": sizing.crop,
         "sources": [asdict(source) | {"skipped": source.reasons} for source in scanned.sources],
         "pictures": {"found": len(items), "usable": usable, "unusable": len(items) - usable},
+        "bytes_to_copy": _bytes_to_copy(bench, scanned) if recipe.data.copy_pictures else None,
         "buckets": placing.buckets(),
         "pixels_cropped": placing.cropped,
         "worst_crops": placing.write(bench.workspace.home / "plans", recipe.name),
@@ -80,6 +82,12 @@ def show(reporter: Reporter, document: dict[str, Any]) -> None:
     )
     for source in document["sources"]:
         _show_source(reporter, source)
+    copied = document["bytes_to_copy"]
+    reporter.say(
+        "          read where they are"
+        if copied is None
+        else f"          {size(copied)} to be copied into the workspace"
+    )
     lost = "padded" if document["crop"] == "pad" else "cropped"
     columns = ("bucket", "pictures", "samples", "batches", "steps", lost, "worst", "enlarged")
     reporter.table(
@@ -125,6 +133,12 @@ def show(reporter: Reporter, document: dict[str, Any]) -> None:
     reporter.say(
         "\nexpected  " + (seconds(total) if total is not None else "not known before the first run on this machine")
     )
+
+
+def _bytes_to_copy(bench: Bench, scanned: Scan) -> int:
+    """Of pictures that the workspace does not hold yet; those that turn out to be unusable are counted too."""
+    new = {file.sha256: file.bytes for file in scanned.files if file.sha256 and file.item.problem is None}
+    return sum(bytes_ for sha256, bytes_ in new.items() if not bench.store.holds(ObjectRef(sha256, bytes_)))
 
 
 def _show_crops(reporter: Reporter, document: dict[str, Any]) -> None:

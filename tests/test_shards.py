@@ -220,7 +220,7 @@ def test_each_process_that_encodes_has_a_gpu_to_itself(tmp_path: Path, monkeypat
     """Which one is said by the variable that CUDA reads: no GPU is needed to see it."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     crew = Workspace(tmp_path).encoding_crew(gpus=2)
-    assert crew == Crew("local", 2, gpus=2)
+    assert crew == Crew("local", 2, gpus=("4", "6"))
     seen: dict[int, set[str]] = {}
     run_shards(visible_gpu, range(8), lambda _, found: seen.setdefault(found[0], set()).add(found[1]), crew, named=str)
     assert sorted(seen.values(), key=str) == [{"4"}, {"6"}]
@@ -236,7 +236,7 @@ def visible_gpu(shard: int) -> tuple[int, str]:
 def test_the_crew_is_the_machines_and_a_setting_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch):
     workspace = Workspace(Path("home"))
     assert workspace.crew == Crew("local", len(os.sched_getaffinity(0)), None)
-    assert workspace.encoding_crew(gpus=0) == Crew("local", 1, gpus=0)
+    assert workspace.encoding_crew(gpus=0) == Crew("local", 1, gpus=())
     for name, value in {"SAFELIGHT_PROCESSES": "0", "SAFELIGHT_ENCODERS": "x", "SAFELIGHT_ENGINE": "dask"}.items():
         with monkeypatch.context() as wrong, pytest.raises(BadInput, match=f"{name} is '{value}': expected"):
             wrong.setenv(name, value)

@@ -62,7 +62,7 @@ class SourceFile(Base):
     ctime_ns: Mapped[int] = mapped_column(BigInteger)
     inode: Mapped[int] = mapped_column(BigInteger)
     seen_ns: Mapped[int] = mapped_column(BigInteger)  # clock at the scan that hashed it
-    sha256: Mapped[str]
+    sha256: Mapped[str] = mapped_column(index=True)
 
 
 class SourceNote(Base):

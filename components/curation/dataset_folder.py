@@ -146,7 +146,7 @@ def _groups(store: Store, rows: Sequence[SampleRow]) -> Iterator[list[SampleRow]
 
 def _bytes_of(store: Store, row: SampleRow) -> int:
     path = store.path(row.sha256)
-    return path.stat().st_size if path.exists() else 0  # reading it says what is wrong
+    return path.stat().st_size if path.exists() else len(store.read(row.sha256))
 
 
 def _write_shard(store: Store, path: Path, rows: Sequence[SampleRow], columns: Sequence[str]) -> None:

@@ -38,22 +38,29 @@ class Shard:
     files: tuple[ScannedFile, ...]
     known: tuple[bool, ...]  # of each file: it can be used, and only its bytes are missing from the store
     store: Store
+    copied: bool = True
 
     def __str__(self) -> str:
         return f"{self.files[0].item.location} to {self.files[-1].item.location} ({len(self.files)} pictures)"
 
 
-def examine_files(bench: Bench, files: Sequence[ScannedFile], on_progress: OnProgress) -> tuple[dict[str, Facts], int]:
-    """What one decode of each distinct file tells, from the catalog where it is known; bytes go into the store.
+def examine_files(
+    bench: Bench, files: Sequence[ScannedFile], on_progress: OnProgress, *, copied: bool = True
+) -> tuple[dict[str, Facts], int]:
+    """What one decode of each distinct file tells, from the catalog where it is known; if `copied`, bytes go into the
+    store. Those of pictures inside larger files always do.
 
     Where there is enough to do, the workspace's crew does it. Commits shard by shard and in their order, so that a
     kill costs no more than the shards at work. Returns the facts by sha256, and how many images were decoded.
     """
     distinct = {file.sha256: file for file in files if file.sha256 is not None}
     facts = _known_facts(bench, list(distinct))
-    todo = [file for sha256, file in distinct.items() if not _is_done(bench.store, facts.get(sha256), file)]
+    todo = [file for sha256, file in distinct.items() if not _is_done(bench.store, facts.get(sha256), file, copied)]
     done, decoded = len(distinct) - len(todo), 0
-    shards = [Shard(tuple(part), tuple(str(file.sha256) in facts for file in part), bench.store) for part in _cut(todo)]
+    store = Store(bench.store.root)
+    shards = [
+        Shard(tuple(part), tuple(str(file.sha256) in facts for file in part), store, copied) for part in _cut(todo)
+    ]
     on_progress(done, len(distinct))
 
     def commit(shard: Shard, found: Sequence[Facts | None]) -> None:
@@ -84,7 +91,8 @@ def examine_shard(shard: Shard) -> list[Facts | None]:
             data = _read(file)
             facts = None if known else examine(data) if data is not None else _too_large(file)
             found.append(facts)
-            if data is not None and not isinstance(facts, Unreadable):
+            kept = shard.copied or file.item.member is not None
+            if kept and data is not None and not isinstance(facts, Unreadable):
                 writes.append(pool.submit(shard.store.put, data))
         for write in writes:
             write.result()
@@ -130,8 +138,8 @@ def read_masks(store: Store, files: Sequence[ScannedFile],
     return files, masks
 
 
-def _is_done(store: Store, known: Facts | None, file: ScannedFile) -> bool:
-    if isinstance(known, ImageFacts):
+def _is_done(store: Store, known: Facts | None, file: ScannedFile, copied: bool) -> bool:
+    if isinstance(known, ImageFacts) and (copied or file.item.member is not None):
         return store.keep(ObjectRef(str(file.sha256), file.bytes))
     return known is not None
 

@@ -4,6 +4,7 @@ A file is unchanged when size, mtime, ctime and inode are; that is not trusted w
 seconds before the scan that read it, since a second change within the clock's grain would leave no trace.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from components.catalog.database import Catalog
 from components.catalog.models import SourceFile, SourceNote
 from components.curation.items import Problem
+from components.errors import DamagedArtifact
 from components.storage import sha256_of
 
 TRUSTED_AGE_NS = 2_000_000_000  # coarse file clocks (FAT: two seconds) cannot tell younger changes apart
@@ -109,6 +111,35 @@ def hash_files(catalog: Catalog, paths: Sequence[Path], *, verify: bool = False)
             fresh.append(_seen(path, now, started_ns) | {"sha256": digest})
         _remember(catalog, SourceFile, fresh, true())
     return found
+
+
+def reading_in_place(catalog: Catalog, objects: Path) -> Callable[[str], bytes | None]:
+    """Reads pictures that were not copied: the bytes of this sha256 from a file that had them when it was last seen,
+    one of `objects` left out.
+
+    None where there was no such file. Raises DamagedArtifact, naming one, when each is gone or changed since.
+    """
+
+    def read(sha256: str) -> bytes | None:
+        with catalog.read() as session:
+            paths = session.scalars(select(SourceFile.path).where(SourceFile.sha256 == sha256)).all()
+        why = ""
+        for path in map(Path, paths):
+            if path.is_relative_to(objects):
+                continue
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                why = f"{path}: {error.strerror}"
+                continue
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+            why = f"{path}: its bytes are not those that were curated"
+        if not why:
+            return None
+        raise DamagedArtifact(f"{why}, and the workspace has no copy; put the file back, or curate what is there now")
+
+    return read
 
 
 def why_unreadable(error: OSError) -> str:

@@ -55,6 +55,8 @@ def curate_key(bench: Bench, data: DataConfig, curation: CurationConfig, *, data
     config = curation.settings() | {
         "dataset": dataset, "training_size": training_size, "examine": EXAMINE_VERSION,
         "tokenizer": ""}  # what it was before captions were counted elsewhere, so that keys are what they were
+    if not data.copy_pictures:  # the snapshot is the same, but whoever wants copies later has them made
+        config |= {"copy_pictures": False}
     return stage_key("curate", inputs={"sources": found.digest} | _models(curation), config=config), found
 
 
@@ -76,7 +78,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     data itself asks for a duplicate or a group to be on both sides of the split.
     """
     found = scanned or scan_captioned(bench, data, CaptionsConfig(), dataset=dataset)
-    examined, decoded = examine_files(bench, found.files, on_progress)
+    examined, decoded = examine_files(bench, found.files, on_progress, copied=data.copy_pictures)
     files, masks = read_masks(bench.store, found.files, examined)
     batch = Batch(files, [examined.get(file.sha256) if file.sha256 else None for file in files])
     told = _profile(bench, batch, curation)

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-from components.catalog.database import Catalog
 from components.families.placement import release_memory
 from components.latents.encoding import LEASE_ITEMS, Encode, encode_missing, encode_pieces, without
 from components.latents.keys import Item
@@ -20,7 +19,6 @@ from components.latents.ragged import Tensors
 from components.latents.reading import Held
 from components.shards import run_shards
 from components.stages import Bench
-from components.storage import Store
 from components.workspace import Workspace
 
 SHARE_ITEMS = 2 * LEASE_ITEMS  # handed to a process at once; a whole number of them makes a shard
@@ -172,7 +170,7 @@ def _encode_here(bench: Bench, task: Task) -> int:
 
 @cache
 def _bench(workspace: Workspace, catalog_url: str) -> Bench:
-    return Bench(workspace.create(), Store(workspace.objects), Catalog(catalog_url))
+    return Bench.at(workspace, catalog_url)
 
 
 _last: dict[str, Encode] = {}  # the encoder that this process used last, by its key

@@ -126,8 +126,11 @@ def test_an_empty_folder_is_taken_and_a_lost_picture_leaves_no_folder(bench: Ben
     digest = curated(bench, pictures(tmp_path / "data", 3)).facts["digest"]
     (tmp_path / "out").mkdir()
     assert exported(bench, tmp_path / "out").card.exists()
-    bench.store.path(read_manifest(bench.store, digest)[0].sha256).unlink()
-    with pytest.raises(DamagedArtifact, match="is gone"):
+    row = read_manifest(bench.store, digest)[0]
+    bench.store.path(row.sha256).unlink()
+    assert exported(bench, tmp_path / "from the source").card.exists()
+    (tmp_path / "data" / row.file_name).unlink()
+    with pytest.raises(DamagedArtifact, match=f"{row.file_name}: No such file or directory, and the workspace has no"):
         exported(bench, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
