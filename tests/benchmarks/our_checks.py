@@ -1,6 +1,6 @@
 """What Safelight's curation finds in a folder: `python -m tests.benchmarks.our_checks FOLDER RESULT`.
 
-The whole stage, with the pictures' bytes copied into a store, the snapshot and its catalog rows.
+The whole stage with the snapshot and its catalog rows; the files are read where they are, as the others read them.
 """
 
 import json
@@ -28,7 +28,8 @@ FLAGS = {"dark": "dark", "bright": "bright", "blur": "blur", "low_information": 
 def found_in(folder: Path, home: Path) -> dict:
     bench = Bench.open(Workspace(home))
     bench.catalog.migrate()
-    data, curation = DataConfig(sources=(DataSource(path=str(folder)),)), CurationConfig()
+    sources = (DataSource(path=str(folder)),)
+    data, curation = DataConfig(sources=sources, copy_pictures=False), CurationConfig()
     scanned = scan(bench, data)
     product = curate(bench, data, curation, dataset="planted", training_size=512, scanned=scanned)
     flags: dict[str, list[str]] = {name: [] for name in FLAGS.values()}
