@@ -57,7 +57,8 @@ def plan(
         "crop": sizing.crop,
         "sources": [asdict(source) | {"skipped": source.reasons} for source in scanned.sources],
         "pictures": {"found": len(items), "usable": usable, "unusable": len(items) - usable},
-        "bytes_to_copy": _bytes_to_copy(bench, scanned) if recipe.data.copy_pictures else None,
+        "copied": recipe.data.copy_pictures,
+        "bytes_to_copy": _bytes_to_copy(bench, scanned, recipe.data.copy_pictures),
         "buckets": placing.buckets(),
         "pixels_cropped": placing.cropped,
         "worst_crops": placing.write(bench.workspace.home / "plans", recipe.name),
@@ -82,12 +83,8 @@ def show(reporter: Reporter, document: dict[str, Any]) -> None:
     )
     for source in document["sources"]:
         _show_source(reporter, source)
-    copied = document["bytes_to_copy"]
-    reporter.say(
-        "          read where they are"
-        if copied is None
-        else f"          {size(copied)} to be copied into the workspace"
-    )
+    where = "" if document["copied"] else "read where they are; "
+    reporter.say(f"          {where}{size(document['bytes_to_copy'])} to be copied into the workspace")
     lost = "padded" if document["crop"] == "pad" else "cropped"
     columns = ("bucket", "pictures", "samples", "batches", "steps", lost, "worst", "enlarged")
     reporter.table(
@@ -135,10 +132,14 @@ def show(reporter: Reporter, document: dict[str, Any]) -> None:
     )
 
 
-def _bytes_to_copy(bench: Bench, scanned: Scan) -> int:
+def _bytes_to_copy(bench: Bench, scanned: Scan, copied: bool) -> int:
     """Of pictures that the workspace does not hold yet; those that turn out to be unusable are counted too."""
-    new = {file.sha256: file.bytes for file in scanned.files if file.sha256 and file.item.problem is None}
-    return sum(bytes_ for sha256, bytes_ in new.items() if not bench.store.holds(ObjectRef(sha256, bytes_)))
+    wanted = {
+        ObjectRef(file.sha256, file.bytes)
+        for file in scanned.files
+        if file.sha256 and file.item.problem is None and (copied or file.item.member is not None)
+    }
+    return sum(ref.bytes for ref in wanted if not bench.store.holds(ref))
 
 
 def _show_crops(reporter: Reporter, document: dict[str, Any]) -> None:

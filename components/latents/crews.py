@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from components.families.placement import release_memory
+from components.heap import keep_freed_memory
 from components.latents.encoding import LEASE_ITEMS, Encode, encode_missing, encode_pieces, without
 from components.latents.keys import Item
 from components.latents.pieces import SHARD_ITEMS, Pieces
@@ -80,16 +81,13 @@ def encode_by_crew(bench: Bench, tasks: Sequence[Task]) -> list[int]:
         return [_encode_here(bench, task) for task in tasks]
     for one in work:
         one.task.on_progress(one.total - one.left)
+
+    def commit(share: Share, count: int) -> None:
+        work[share.task].commit(share, count)
+
     while any(one.left for one in work):
-
-        def shares(work: Sequence[_Work] = work) -> Iterator[Share]:
-            for number, one in enumerate(work):
-                yield from one.shares(number)
-
-        def commit(share: Share, count: int) -> None:
-            work[share.task].commit(share, count)
-
-        run_shards(encode_share, shares(), commit, crew, named=str)
+        shares = (share for number, one in enumerate(work) for share in one.shares(number))
+        run_shards(encode_share, shares, commit, crew, named=str)
         for one in work:
             one.look_again()  # nothing is left, unless a piece was damaged
     return [one.encoded for one in work]
@@ -151,7 +149,9 @@ def _encode_here(bench: Bench, task: Task) -> int:
 
     def encode(inputs: list[Any]) -> Tensors:
         nonlocal encoder
-        encoder = encoder or encoding.load()
+        if encoder is None:
+            keep_freed_memory()
+            encoder = encoding.load()
         return encoder(inputs)
 
     def prepare(item: Item) -> Any:

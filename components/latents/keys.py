@@ -22,6 +22,7 @@ from components.latents.wording import Wording
 from components.stages import canonical_json, stage_key
 
 ENCODING_VERSION = 1  # raise when encoding.py changes what it stores
+LATENTS_VERSION = 2  # raise when autoencoders.py changes latents
 NULL_PROMPT = ""  # what classifier-free guidance and caption dropout are conditioned on
 Windows = Mapping[str, tuple[int, int]]  # corners of windows that saliency has chosen, by `window_item`'s keys
 
@@ -82,7 +83,7 @@ def pixel_encoder_key(base: BaseModel) -> str:
             "kind": "latents",
             "weights": base.digest_of(base.architecture.pixel_parts),
             "dtype": "float16",
-            "version": ENCODING_VERSION,
+            "version": LATENTS_VERSION,
         }
         | ({"computed": base.vae_precision} if base.vae_precision != "fp32" else {})
     )

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from components.diffusion.draws import Draw, Draws
+from components.heap import keep_freed_memory
 from components.training.ema import ExponentialAverage
 from components.training.gradients import B, Gradients, LossScaler, Passes, listed
-from components.training.heap import keep_freed_memory
 from components.training.processes import ALONE, Processes
 from components.training.schedules import LearningRate
 

@@ -8,7 +8,7 @@ import pytest
 
 FAULTS_OF_A_STEP = """
 import resource
-from components.training.heap import keep_freed_memory
+from components.heap import keep_freed_memory
 
 def faults():
     blocks = [bytearray(2**20) for _ in range(64)]
