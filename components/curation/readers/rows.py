@@ -71,7 +71,7 @@ def _cells(path: Path, state: tuple[int, int], group: int, column: str) -> Any:
 def _item(entry: Entry, row: Mapping[str, Any], split: str | None, source: DataSource) -> Item:
     name = f"{printable(entry.file_name)}/{row['row']:07}{row['suffix']}"
     where = f"{entry.name.name} row {row['row']}"
-    item = provenance(Item(name, entry.location), row["about"], where)
+    item = Item(name, entry.location, **provenance(row["about"], where))
     item = replace(item, split=item.split or split)
     if "problem" in row:
         return replace(item, location=None, problem=Problem("file", f"{where}: {row['problem']}"))

@@ -24,6 +24,7 @@ TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 JSON_TABLES = ("captions.json", "meta.json")  # diffusion-pipe's {file: [captions]}, kohya's {file: {caption, tags}}
 NAME_COLUMNS = ("file_name", "image_path", "filename", "image", "path")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+PLAIN = re.compile(r"\w[\w .()+-]*")  # a file name that needs no closer look: of one part, and printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,10 @@ def table_rows(root: Path, tables: Sequence[Entry], source: DataSource, recall: 
         folder = table.name.parent
         if speaker.setdefault(folder, table.name) != table.name:
             raise BadInput(f"{root / folder}: has two tables, {speaker[folder].name} and {table.name.name}; remove one")
+        before = f"{folder}/" if folder.parts else ""
         for row in _read_table(table.path, contents[table.path], source):
             name, problem = contained(row.values.get("file_name"), row.where)
-            key = str(folder / name) if problem is None else name
+            key = f"{before}{name}" if problem is None else name
             if key in found:
                 raise BadInput(f"{row.where}: {name!r} is listed twice, before in {found[key].where}; remove one")
             found[key] = replace(row, problem=problem) if problem else row
@@ -85,35 +87,37 @@ def json_rows(entries: Sequence[Entry], pictures: Mapping[str, Entry], spoken_fo
 
 def from_row(root: Path, name: str, row: Row, entry: Entry | None) -> Item:
     """The item that a row describes; `entry` is the file of its name, if there is one."""
-    values = row.values
-    item = provenance(Item(name, entry.location if entry else None, problem=row.problem), values, row.where)
-    if item.problem is None and entry is None:
+    said = provenance(row.values, row.where)
+    problem = row.problem or (entry.problem if entry else None)
+    if problem is None and entry is None:
         reason = f"{row.where}: {name!r} is not among the folder's pictures; add it or remove the line"
-        item = replace(item, problem=Problem("file", reason))
-    problem = item.problem or (entry.problem if entry else None)
-    if problem:
-        return replace(item, location=None, problem=problem)
+        problem = Problem("file", reason)
+    if problem or entry is None:
+        return Item(name, None, problem=problem, **said)
     try:
-        caption, *others = caption_cells(values.get("text"), row.where)
-        return replace(item, caption=caption, variants=tuple(others))
+        caption, *others = caption_cells(row.values.get("text"), row.where)
+        return Item(name, entry.location, caption=caption, variants=tuple(others), **said)
     except CaptionProblem as wrong:
-        return replace(item, problem=Problem("caption", str(wrong)))
+        return Item(name, entry.location, problem=Problem("caption", str(wrong)), **said)
 
 
-def provenance(item: Item, values: Mapping[str, Any], where: str) -> Item:
-    """The item with what a table's other columns say of it. Raises BadInput for a split of another name."""
+def provenance(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of an Item that a table's other columns tell. Raises BadInput for a split of another name."""
     word = _word(values, "split")
     if word is not None and word.lower() not in SPLITS:
         raise BadInput(f"{where}: split is {word!r}, expected train or test")
-    return replace(item, group=_word(values, "group"), licence=_word(values, "licence") or _word(values, "license"),
-                   author=_word(values, "author"), source=_word(values, "source"),
-                   split=SPLITS[word.lower()] if word else None)
+    said = {"group": _word(values, "group"), "licence": _word(values, "licence") or _word(values, "license"),
+            "author": _word(values, "author"), "source": _word(values, "source"),
+            "split": SPLITS[word.lower()] if word else None}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def contained(name: object, where: str) -> tuple[str, Problem | None]:
     """A table's file name, or why it is refused: it must stay inside the folder. Decided from the text alone."""
     if not isinstance(name, str) or not name.strip():
         return f"({where})", Problem("file", f"{where}: file_name is missing; name the picture")
+    if PLAIN.fullmatch(name):
+        return name, None
     shown = printable(name)
     parts = PurePosixPath(name).parts
     if "\0" in name or "\\" in name or name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
@@ -123,7 +127,9 @@ def contained(name: object, where: str) -> tuple[str, Problem | None]:
 
 def _word(values: Mapping[str, Any], key: str) -> str | None:
     value = values.get(key)
-    text = "" if value is None else str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "").strip()
+    if value is None:
+        return None
+    text = str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "").strip()
     return text or None
 
 
