@@ -7,7 +7,7 @@ whole; an export that was cut off goes on behind its last whole shard.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,7 @@ from filelock import FileLock
 from components.catalog.datasets import SnapshotRow
 from components.curation.dataset_card import SplitFiles, write_card
 from components.curation.manifest import SampleRow, read_manifest
+from components.curation.memory import sizes_in_place
 from components.errors import BadInput
 from components.stages import Bench
 from components.storage import Store, atomic_write, fsync_dir
@@ -76,16 +77,17 @@ def export_dataset(
         rows = read_manifest(bench.store, snapshot.digest)
         unfinished = destination.with_name(f".{destination.name}.partial")
         _open_unfinished(unfinished, snapshot.digest)
+        sizes = _sizes(bench, rows)
         columns = [name for name in COLUMNS if name not in OPTIONAL or any(getattr(row, name) for row in rows)]
         splits, reused, done = [], 0, 0
         for split in dict.fromkeys(row.split for row in rows):
-            shards = list(_shards(bench.store, [row for row in rows if row.split == split]))
+            shards = list(_shards([row for row in rows if row.split == split], sizes))
             for number, shard in enumerate(shards):
                 path = unfinished / "data" / f"{split}-{number:05}-of-{len(shards):05}.parquet"
                 if path.exists():
                     reused += 1
                 else:
-                    _write_shard(bench.store, path, shard, columns)
+                    _write_shard(bench.store, path, shard, columns, sizes)
                 done += len(shard)
                 on_progress(done, len(rows))
             files = sorted((unfinished / "data").glob(f"{split}-*-of-{len(shards):05}.parquet"))
@@ -117,46 +119,48 @@ def _open_unfinished(folder: Path, digest: str) -> None:
         cut_off.unlink()
 
 
-def _shards(store: Store, rows: Sequence[SampleRow]) -> Iterator[list[SampleRow]]:
+def _sizes(bench: Bench, rows: Sequence[SampleRow]) -> dict[str, int]:
+    """The bytes of each picture by its sha256; one that was not copied has those that its file had when it was seen."""
+    copies = {row.sha256: bench.store.path(row.sha256) for row in rows}
+    copied = {sha256: path.stat().st_size for sha256, path in copies.items() if path.exists()}
+    return copied | sizes_in_place(bench.catalog, [sha256 for sha256 in copies if sha256 not in copied])
+
+
+def _shards(rows: Sequence[SampleRow], sizes: Mapping[str, int]) -> Iterator[list[SampleRow]]:
     """The rows in their order, in stretches of about SHARD_BYTES of pictures."""
-    shard: list[SampleRow] = []
+    return _stretches(rows, sizes, most_bytes=SHARD_BYTES, most_rows=len(rows))
+
+
+def _groups(rows: Sequence[SampleRow], sizes: Mapping[str, int]) -> Iterator[list[SampleRow]]:
+    """The rows of a shard in stretches that are held in memory."""
+    return _stretches(rows, sizes, most_bytes=GROUP_BYTES, most_rows=GROUP_ROWS)
+
+
+def _stretches(
+    rows: Sequence[SampleRow], sizes: Mapping[str, int], *, most_bytes: int, most_rows: int
+) -> Iterator[list[SampleRow]]:
+    stretch: list[SampleRow] = []
     held = 0
     for row in rows:
-        size = _bytes_of(store, row)
-        if shard and held + size > SHARD_BYTES:
-            yield shard
-            shard, held = [], 0
-        shard.append(row)
+        size = sizes.get(row.sha256, 0)  # gone from the catalog too: reading it says so
+        if stretch and (len(stretch) == most_rows or held + size > most_bytes):
+            yield stretch
+            stretch, held = [], 0
+        stretch.append(row)
         held += size
-    yield shard
+    yield stretch
 
 
-def _groups(store: Store, rows: Sequence[SampleRow]) -> Iterator[list[SampleRow]]:
-    group: list[SampleRow] = []
-    held = 0
-    for row in rows:
-        size = _bytes_of(store, row)
-        if len(group) == GROUP_ROWS or (group and held + size > GROUP_BYTES):
-            yield group
-            group, held = [], 0
-        group.append(row)
-        held += size
-    yield group
-
-
-def _bytes_of(store: Store, row: SampleRow) -> int:
-    path = store.path(row.sha256)
-    return path.stat().st_size if path.exists() else len(store.read(row.sha256))
-
-
-def _write_shard(store: Store, path: Path, rows: Sequence[SampleRow], columns: Sequence[str]) -> None:
+def _write_shard(
+    store: Store, path: Path, rows: Sequence[SampleRow], columns: Sequence[str], sizes: Mapping[str, int]
+) -> None:
     features = {name: COLUMNS[name][1] for name in columns}
     schema = pa.schema(
         [pa.field(name, COLUMNS[name][0]) for name in columns],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
     with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="none", version="2.6") as writer:
-        for group in _groups(store, rows):
+        for group in _groups(rows, sizes):
             values = [_values(store, row, columns) for row in group]
             writer.write_table(pa.Table.from_pylist(values, schema=schema), row_group_size=len(group))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, delete, insert, select, true
 from sqlalchemy.exc import IntegrityError
@@ -27,6 +27,7 @@ TRUSTED_AGE_NS = 2_000_000_000  # coarse file clocks (FAT: two seconds) cannot t
 CHUNK = 500  # files per transaction and per query
 KEPT_BYTES = 64 << 20  # what is learnt of a file and longer than this is learnt again by every scan
 
+Each = TypeVar("Each")
 Learn = Callable[[Path], bytes]
 Memory = type[SourceFile] | type[SourceNote]
 
@@ -142,12 +143,22 @@ def reading_in_place(catalog: Catalog, objects: Path) -> Callable[[str], bytes |
     return read
 
 
+def sizes_in_place(catalog: Catalog, digests: Sequence[str]) -> dict[str, int]:
+    """The bytes of the files that had these sha256s when they were last seen; those never seen are left out."""
+    found: dict[str, int] = {}
+    with catalog.read() as session:
+        for chunk in _chunks(digests):
+            query = select(SourceFile.sha256, SourceFile.size).where(SourceFile.sha256.in_(chunk))
+            found.update(session.execute(query).tuples().all())
+    return found
+
+
 def why_unreadable(error: OSError) -> str:
     return f"cannot be read: {error.strerror}; change its permissions or remove it"
 
 
-def _chunks(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
-    yield from (paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK))
+def _chunks(many: Sequence[Each]) -> Iterator[Sequence[Each]]:
+    yield from (many[start : start + CHUNK] for start in range(0, len(many), CHUNK))
 
 
 def _seen(path: Path, now: os.stat_result, started_ns: int) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Pictures that are not copied: read where they are, and never with other bytes than were curated."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from components.catalog.differences import named_snapshot
+from components.curation.dataset_folder import export_dataset
 from components.curation.manifest import SampleRow
 from components.curation.snapshots import curate_key
 from components.errors import DamagedArtifact
@@ -14,6 +17,15 @@ from tests.chain import Chain
 from tests.curation.folders import new_bench, tree_digest
 
 IN_PLACE = "data.copy_pictures=false"
+
+
+def export(chain: Chain, out: Path) -> None:
+    snapshot = named_snapshot(chain.bench.catalog, chain.recipe().name)
+    export_dataset(chain.bench, snapshot, out, on_progress=lambda done, total: None)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "data").iterdir())}
 
 
 @pytest.fixture
@@ -73,6 +85,21 @@ def test_bytes_that_have_moved_are_found_by_the_next_scan(chain: Chain):
     table.write_text(table.read_text().replace(first.file_name, "moved.png"))
     assert "moved.png" in {row.file_name for row in chain.curate(recipe)}
     assert chain.bench.store.read(first.sha256) == data
+
+
+def test_an_export_reads_each_picture_once_and_is_that_of_copied_pictures(
+        chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    chain.curate(chain.recipe())
+    export(chain, tmp_path / "copied")
+    in_place = Chain(new_bench(tmp_path / "other"), chain.recipe_path, chain.pictures, chain.base_path)
+    rows = in_place.curate(in_place.recipe(IN_PLACE))
+    read, read_bytes = Counter[Path](), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.update([path]), read_bytes(path))[1])
+    export(in_place, tmp_path / "in-place")
+    assert {path.name: times for path, times in read.items() if path.is_relative_to(chain.pictures)} == {
+        row.file_name: 1 for row in rows}
+    monkeypatch.undo()
+    assert shards(tmp_path / "in-place") == shards(tmp_path / "copied")
 
 
 def test_an_edit_in_place_is_another_picture_of_the_next_snapshot(chain: Chain):
