@@ -1,6 +1,6 @@
 """A snapshot's manifest: the kept samples as Parquet bytes, the same for the same rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from components.storage import Store
 
-ROWS_AT_ONCE = 10_000
+ROWS_AT_ONCE = 10_000  # that are Python's objects
+GROUP_ROWS = 50_000  # that are Arrow's
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +61,31 @@ VERDICT_SCHEMA = pa.schema(
 
 def read_manifest(store: Store, digest: str) -> list[SampleRow]:
     """The samples of a snapshot, sorted by (split, file name, sha256). Raises DamagedArtifact."""
-    table = pq.read_table(pa.BufferReader(store.read(digest)))
-    return [SampleRow(**row | {"variants": tuple(row.get("variants") or ())}) for row in table.to_pylist()]
+    with pq.ParquetFile(pa.BufferReader(store.read(digest))) as file:
+        return [SampleRow(**row | {"variants": tuple(row.get("variants") or ())})
+                for part in file.iter_batches(ROWS_AT_ONCE) for row in part.to_pylist()]
 
 
 def parquet(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> bytes:
-    """Equal rows give equal bytes: one row group per million rows, no compression library's whims, no timestamps.
+    """Equal rows give equal bytes: row groups of GROUP_ROWS, no compression library's whims, no timestamps.
 
     Rows are taken as they come, so that not all of them have to be there at once.
     """
     sink = pa.BufferOutputStream()
-    pq.write_table(_table(rows, schema), sink, compression="none", version="2.6", row_group_size=1_000_000)
+    with pq.ParquetWriter(sink, schema, compression="none", version="2.6") as writer:
+        for table in _tables(rows, schema):
+            writer.write_table(table, row_group_size=GROUP_ROWS)
     return sink.getvalue().to_pybytes()
 
 
-def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """In one piece, since where pieces end shows in the file."""
+def _tables(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
+    """One of each GROUP_ROWS, in one piece, since where pieces end shows in the file; an empty one of no rows."""
     coming = iter(rows)
     parts = iter(lambda: list(islice(coming, ROWS_AT_ONCE)), [])
-    pieces = [pa.RecordBatch.from_pylist(part, schema=schema) for part in parts]
-    return pa.Table.from_batches(pieces, schema=schema).combine_chunks()
+    batches = (pa.RecordBatch.from_pylist(part, schema=schema) for part in parts)
+    pieces = list(islice(batches, GROUP_ROWS // ROWS_AT_ONCE))
+    while True:
+        yield pa.Table.from_batches(pieces, schema=schema).combine_chunks()
+        pieces = list(islice(batches, GROUP_ROWS // ROWS_AT_ONCE))
+        if not pieces:
+            return

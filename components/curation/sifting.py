@@ -61,7 +61,9 @@ class Batch:
 
     def judge(self, rules: CheckRules) -> None:
         """Every check on every file, then the flags that compare a file with its set."""
-        self.verdicts = [judge_file(file, facts, rules) for file, facts in zip(self.files, self.facts, strict=True)]
+        said: dict[Verdict, Verdict] = {}  # what is said of many files is in memory once
+        self.verdicts = [[said.setdefault(verdict, verdict) for verdict in judge_file(file, facts, rules)]
+                         for file, facts in zip(self.files, self.facts, strict=True)]
         kept = self.kept
         for i, flags in zip(kept, judge_set([self.image(i) for i in kept], rules.thresholds), strict=True):
             self.verdicts[i] += flags
