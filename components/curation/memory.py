@@ -28,6 +28,7 @@ CHUNK = 500  # files per transaction and per query
 KEPT_BYTES = 64 << 20  # what is learnt of a file and longer than this is learnt again by every scan
 
 Each = TypeVar("Each")
+Place = TypeVar("Place", str, Path)
 Learn = Callable[[Path], bytes]
 Memory = type[SourceFile] | type[SourceNote]
 
@@ -35,18 +36,19 @@ Memory = type[SourceFile] | type[SourceNote]
 class Recall(Protocol):
     """What `learn` makes of each file, from memory where the file is unchanged; an OSError where it cannot be read.
 
-    `kind` names what is learnt; it changes when `learn` does.
+    `kind` names what is learnt; it changes when `learn` does. Files are named by text: making a path of it takes longer
+    than looking at a file.
     """
 
-    def __call__(self, paths: Sequence[Path], kind: str, learn: Learn) -> dict[Path, bytes | OSError]: ...
+    def __call__(self, paths: Sequence[str], kind: str, learn: Learn) -> dict[str, bytes | OSError]: ...
 
 
-def afresh(paths: Sequence[Path], kind: str, learn: Learn) -> dict[Path, bytes | OSError]:
+def afresh(paths: Sequence[str], kind: str, learn: Learn) -> dict[str, bytes | OSError]:
     """A Recall without memory."""
-    found: dict[Path, bytes | OSError] = {}
+    found: dict[str, bytes | OSError] = {}
     for path in paths:
         try:
-            found[path] = learn(path)
+            found[path] = learn(Path(path))
         except OSError as error:
             found[path] = error
     return found
@@ -55,20 +57,20 @@ def afresh(paths: Sequence[Path], kind: str, learn: Learn) -> dict[Path, bytes |
 def remembering(catalog: Catalog, *, verify: bool = False) -> Recall:
     """A Recall that keeps in the catalog what it learnt; `verify` learns everything again."""
 
-    def recall(paths: Sequence[Path], kind: str, learn: Learn) -> dict[Path, bytes | OSError]:
+    def recall(paths: Sequence[str], kind: str, learn: Learn) -> dict[str, bytes | OSError]:
         started_ns = time.time_ns()
-        found: dict[Path, bytes | OSError] = {}
+        found: dict[str, bytes | OSError] = {}
         for chunk in _chunks(paths):
             known = {} if verify else _known_notes(catalog, chunk, kind)
             fresh: list[dict[str, Any]] = []
             for path in chunk:
                 try:
-                    now = path.stat()
-                    row = known.get(str(path))
+                    now = _state(path)
+                    row = known.get(path)
                     if row is not None and _unchanged(row, now):
                         found[path] = row.learnt
                         continue
-                    body = found[path] = learn(path)
+                    body = found[path] = learn(Path(path))
                 except OSError as error:
                     found[path] = error
                     continue
@@ -90,21 +92,21 @@ class FileDigest:
     problem: Problem | None = None
 
 
-def hash_files(catalog: Catalog, paths: Sequence[Path], *, verify: bool = False) -> dict[Path, FileDigest]:
+def hash_files(catalog: Catalog, paths: Sequence[Place], *, verify: bool = False) -> dict[Place, FileDigest]:
     """The sha256 of each file, from the catalog where the file is unchanged; `verify` hashes everything."""
     started_ns = time.time_ns()
-    found: dict[Path, FileDigest] = {}
+    found: dict[Place, FileDigest] = {}
     for chunk in _chunks(paths):
         known = {} if verify else _known_files(catalog, chunk)
         fresh: list[dict[str, Any]] = []
         for path in chunk:
             try:
-                now = path.stat()
+                now = _state(path)
                 row = known.get(str(path))
                 if row is not None and _unchanged(row, now):
                     found[path] = FileDigest(row.learnt, row.size, hashed=False)
                     continue
-                digest = sha256_of(path)
+                digest = sha256_of(Path(path))
             except OSError as error:
                 found[path] = FileDigest(None, 0, hashed=False, problem=Problem("file", why_unreadable(error)))
                 continue
@@ -161,7 +163,11 @@ def _chunks(many: Sequence[Each]) -> Iterator[Sequence[Each]]:
     yield from (many[start : start + CHUNK] for start in range(0, len(many), CHUNK))
 
 
-def _seen(path: Path, now: os.stat_result, started_ns: int) -> dict[str, Any]:
+def _state(path: str | Path) -> os.stat_result:
+    return os.stat(path)  # noqa: PTH116  text stays text
+
+
+def _seen(path: str | Path, now: os.stat_result, started_ns: int) -> dict[str, Any]:
     """The columns that tell later whether a file is unchanged."""
     return {"path": str(path), "size": now.st_size, "mtime_ns": now.st_mtime_ns, "ctime_ns": now.st_ctime_ns,
             "inode": now.st_ino, "seen_ns": started_ns}
@@ -185,16 +191,16 @@ def _unchanged(row: _Known, now: os.stat_result) -> bool:
     return same and max(row.mtime_ns, row.ctime_ns) < row.seen_ns - TRUSTED_AGE_NS
 
 
-def _known_files(catalog: Catalog, paths: Sequence[Path]) -> dict[str, _Known]:
+def _known_files(catalog: Catalog, paths: Sequence[str | Path]) -> dict[str, _Known]:
     return _known(catalog, SourceFile, SourceFile.sha256, paths, true())
 
 
-def _known_notes(catalog: Catalog, paths: Sequence[Path], kind: str) -> dict[str, _Known]:
+def _known_notes(catalog: Catalog, paths: Sequence[str], kind: str) -> dict[str, _Known]:
     return _known(catalog, SourceNote, SourceNote.body, paths, SourceNote.kind == kind)
 
 
-def _known(catalog: Catalog, model: Memory, learnt: InstrumentedAttribute[Any], paths: Sequence[Path],
-           where: ColumnElement[bool]) -> dict[str, _Known]:
+def _known(catalog: Catalog, model: Memory, learnt: InstrumentedAttribute[Any],
+           paths: Sequence[str | Path], where: ColumnElement[bool]) -> dict[str, _Known]:
     """Plain rows, by path: an object for each would cost more than looking at the file does."""
     query = select(model.path, model.size, model.mtime_ns, model.ctime_ns, model.inode, model.seen_ns, learnt).where(
         model.path.in_([str(path) for path in paths]), where)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 from components.config import DataConfig
@@ -90,7 +89,7 @@ def _told(recall: Recall, on_progress: OnScan) -> Recall:
     """The same Recall; how many captions and tables it has looked at is heard."""
     done = 0
 
-    def telling(paths: Sequence[Path], kind: str, learn: Learn) -> dict[Path, bytes | OSError]:
+    def telling(paths: Sequence[str], kind: str, learn: Learn) -> dict[str, bytes | OSError]:
         nonlocal done
         found = recall(paths, kind, learn)
         done += len(paths)
@@ -114,9 +113,9 @@ def _everything_is_kept() -> Iterator[None]:
             gc.enable()
 
 
-def _files_of(item: Item) -> list[Path]:
+def _files_of(item: Item) -> list[str]:
     """The files whose bytes are the item's: its picture, unless a larger file holds it, and the file of its mask."""
-    return [Path(where) for where in (item.location, item.mask) if where is not None and item.member is None]
+    return [where for where in (item.location, item.mask) if where is not None and item.member is None]
 
 
 def _scanned(item: Item, digests: Sequence[FileDigest]) -> ScannedFile:

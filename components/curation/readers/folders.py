@@ -6,6 +6,7 @@ one stem stop the run; names that differ in case or in Unicode form are differen
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -45,13 +46,14 @@ def read_pictures(listing: Listing, source: DataSource, recall: Recall, folder_n
     names = sorted(pictures.keys() | listed.keys()) if listed else sorted(pictures)
     for start in range(0, len(names), CHUNK):
         part = names[start : start + CHUNK]
-        captions = [entry.path for name in part if name not in listed for entry in beside.get(pictures[name].stem, ())]
+        theirs = {name: beside.get(pictures[name].stem, ()) for name in part if name not in listed}
+        captions = [entry.location for entries in theirs.values() for entry in entries]
         texts = recall(captions, "caption/1", _caption_bytes)
         for name in part:
             if name in listed:
                 items.append(from_row(root, name, listed[name], pictures.get(name)))
             else:
-                items.append(_beside_caption(pictures[name], beside, texts, source))
+                items.append(_beside_caption(pictures[name], theirs[name], texts, source))
     return Found(items, sorted([*skipped, *unused], key=lambda one: one.file_name))
 
 
@@ -64,22 +66,20 @@ def _what_is_said(
     """
     stems = {entry.stem for entry in pictures.values()}
     from_names = source.caption_from == "file_name"
-    tables, jsons, captions, unused = [], [], [], []
+    tables, jsons, unused = [], [], []
+    beside: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.is_picture:
             continue
-        name = entry.name
-        if name.name in TABLE_NAMES and not from_names:
+        stem = entry.stem
+        if entry.base_name in TABLE_NAMES and not from_names:
             tables.append(entry)
-        elif name.name in JSON_TABLES and entry.stem not in stems and not from_names:
+        elif entry.base_name in JSON_TABLES and stem not in stems and not from_names:
             jsons.append(entry)
-        elif reason := _why_skipped(entry, stems, source):
-            unused.append(Skipped(printable(name), reason))
+        elif reason := _why_skipped(entry, stem, stems, source):
+            unused.append(Skipped(printable(entry.file_name), reason))
         else:
-            captions.append(entry)
-    beside: dict[str, list[Entry]] = {}
-    for entry in captions:
-        beside.setdefault(entry.stem, []).append(entry)
+            beside.setdefault(stem, []).append(entry)
     listed = table_rows(root, tables, source, recall)
     speakers = {table.name.parent: table.name.name for table in tables}
     others, said_nothing = json_rows(jsons, pictures, speakers, recall)
@@ -87,12 +87,12 @@ def _what_is_said(
     return others | listed, beside, unused + said_nothing
 
 
-def _why_skipped(entry: Entry, stems: set[str], source: DataSource) -> str | None:
+def _why_skipped(entry: Entry, stem: str, stems: set[str], source: DataSource) -> str | None:
     """Why a file that is no picture is not read; None for a picture's caption."""
-    name, suffix = entry.name, entry.suffix
-    if name.stem.endswith(NO_PICTURES) and suffix not in CAPTION_SUFFIXES:
+    suffix = entry.suffix
+    if suffix not in CAPTION_SUFFIXES and stem.endswith(NO_PICTURES):
         return "the mask of a picture" if source.masks == BESIDE else "another trainer's mask or condition"
-    if suffix not in CAPTION_SUFFIXES or name.name in TABLE_NAMES:
+    if suffix not in CAPTION_SUFFIXES or entry.base_name in TABLE_NAMES:
         return PEERS_FILES.get(suffix, "no picture")
     if entry.problem:
         return entry.problem.reason
@@ -100,27 +100,27 @@ def _why_skipped(entry: Entry, stems: set[str], source: DataSource) -> str | Non
         return "captions are taken from the pictures' names"
     if source.caption_extension not in ("any", suffix):
         return f"caption_extension is {source.caption_extension!r}"
-    return None if entry.stem in stems else "no picture of this name"
+    return None if stem in stems else "no picture of this name"
 
 
-def _beside_caption(entry: Entry, captions: Mapping[str, Sequence[Entry]],
-                    texts: Mapping[Path, bytes | OSError], source: DataSource) -> Item:
+def _beside_caption(entry: Entry, captions: Sequence[Entry], texts: Mapping[str, bytes | OSError],
+                    source: DataSource) -> Item:
     repeats, tokens = (int(entry.folder[1]), entry.folder[2].strip()) if entry.folder else (1, "")
-    location = None if entry.problem else entry.location
-    item = Item(printable(entry.file_name), location, problem=entry.problem, repeats=max(1, repeats))
+    name, repeats = printable(entry.file_name), max(1, repeats)
     if entry.problem:
-        return item
-    matches = captions.get(entry.stem, [])
-    if len(matches) > 1:
-        raise BadInput(f"{entry.location}: has two captions, {matches[0].name} and {matches[1].name}; remove one")
+        return Item(name, None, problem=entry.problem, repeats=repeats)
+    if len(captions) > 1:
+        raise BadInput(f"{entry.location}: has two captions, {captions[0].name} and {captions[1].name}; remove one")
+    item = partial(Item, name, entry.location, repeats=repeats)
     try:
         if source.caption_from == "file_name":
-            return replace(item, caption=name_as_caption(entry.name.stem, item.file_name))
-        if matches:
-            return with_caption(item, texts[matches[0].path], matches[0].file_name, source)
+            return item(caption=name_as_caption(entry.name.stem, name))
+        if captions:
+            caption, others = captions_in(texts[captions[0].location], captions[0].file_name, source)
+            return item(caption=caption, variants=others)
     except CaptionProblem as problem:
-        return replace(item, problem=Problem("caption", str(problem)))
-    return without_caption(item, tokens or source.class_tokens,
+        return item(problem=Problem("caption", str(problem)))
+    return without_caption(item(), tokens or source.class_tokens,
                            f"{entry.name}: no caption; write {entry.name.stem}.txt beside it")
 
 
@@ -130,15 +130,15 @@ def _caption_bytes(path: Path) -> bytes:
         return file.read(MAX_CAPTION_BYTES + 1)
 
 
-def with_caption(item: Item, body: bytes | OSError, name: str, source: DataSource) -> Item:
-    """The item with the caption in a caption file's bytes. Raises CaptionProblem."""
+def captions_in(body: bytes | OSError, name: str, source: DataSource) -> tuple[str, tuple[str, ...]]:
+    """The caption in the bytes of a caption file, and the further ones. Raises CaptionProblem."""
     if isinstance(body, OSError):
         raise CaptionProblem(f"{name}: {why_unreadable(body)}")
     if len(body) > MAX_CAPTION_BYTES:
         raise CaptionProblem(f"{name}: has more than {MAX_CAPTION_BYTES:,} bytes, which is no caption; shorten it")
     lines = source.caption_lines
     others = variants_in(body, name) if lines == "variants" else ()
-    return replace(item, caption=caption_in(body, name, lines), variants=others)
+    return caption_in(body, name, lines), others
 
 
 def without_caption(item: Item, tokens: str | None, reason: str) -> Item:

@@ -39,7 +39,7 @@ def read_rows(listing: Listing, source: DataSource, recall: Recall) -> Found:
     skipped += [Skipped(printable(entry.file_name), "no file of rows") for entry in listing.files if entry not in files]
     kind = f"{INDEX}/{source.image_column or ''}/{source.caption_column or ''}"
     learn = partial(_index, image_column=source.image_column, caption_column=source.caption_column)
-    indexes = recall([entry.path for entry in files if not entry.problem], kind, learn)
+    indexes = recall([entry.location for entry in files if not entry.problem], kind, learn)
     splits = {entry.file_name: _split_of(entry.name) for entry in files}
     both = {"train", "test"} <= set(splits.values())
     readable, items = read_shards(files, indexes)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from components.curation.items import Item, Problem, printable
@@ -14,7 +13,7 @@ Rows = list[dict[str, Any]]
 
 
 def read_shards(
-    shards: Sequence[Entry], indexes: Mapping[Path, bytes | OSError]
+    shards: Sequence[Entry], indexes: Mapping[str, bytes | OSError]
 ) -> tuple[list[tuple[Entry, Rows]], list[Item]]:
     """The shards that can be read, with what they hold, and the others as items with the reason.
 
@@ -23,7 +22,7 @@ def read_shards(
     readable: list[tuple[Entry, Rows]] = []
     refused: list[tuple[Entry, Problem]] = []
     for shard in shards:
-        found = shard.problem or _read(indexes[shard.path])
+        found = shard.problem or _read(indexes[shard.location])
         if isinstance(found, Problem):
             refused.append((shard, found))
         else:

@@ -49,7 +49,7 @@ def table_rows(root: Path, tables: Sequence[Entry], source: DataSource, recall: 
         if speaker.setdefault(folder, table.name) != table.name:
             raise BadInput(f"{root / folder}: has two tables, {speaker[folder].name} and {table.name.name}; remove one")
         before = f"{folder}/" if folder.parts else ""
-        for row in _read_table(table.path, contents[table.path], source):
+        for row in _read_table(table.path, contents[table.location], source):
             name, problem = contained(row.values.get("file_name"), row.where)
             key = f"{before}{name}" if problem is None else name
             if key in found:
@@ -75,7 +75,7 @@ def json_rows(entries: Sequence[Entry], pictures: Mapping[str, Entry], spoken_fo
         if folder in taken:
             skipped.append(Skipped(printable(entry.file_name), f"{taken[folder]} speaks for this folder"))
             continue
-        captions = _json_captions(_contents([entry], recall)[entry.path])
+        captions = _json_captions(_contents([entry], recall)[entry.location])
         rows = {} if captions is None else _placed(captions, entry.name, pictures, stems)
         if any(name in pictures for name in rows):
             taken[folder] = entry.name.name
@@ -133,12 +133,12 @@ def _word(values: Mapping[str, Any], key: str) -> str | None:
     return text or None
 
 
-def _contents(tables: Sequence[Entry], recall: Recall) -> dict[Path, bytes]:
+def _contents(tables: Sequence[Entry], recall: Recall) -> dict[str, bytes]:
     for table in tables:
         if table.problem:
             raise BadInput(f"{table.path}: {table.problem.reason}")
-    found: dict[Path, bytes] = {}
-    for path, body in recall([table.path for table in tables], "bytes", Path.read_bytes).items():
+    found: dict[str, bytes] = {}
+    for path, body in recall([table.location for table in tables], "bytes", Path.read_bytes).items():
         if isinstance(body, OSError):
             raise BadInput(f"{path}: {why_unreadable(body)}")
         found[path] = body

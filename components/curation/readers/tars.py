@@ -17,7 +17,7 @@ from components.config import DataSource
 from components.curation.captions import CAPTION_SUFFIXES, CaptionProblem, name_as_caption
 from components.curation.items import PICTURE_SUFFIXES, Found, Item, Member, Problem, Skipped, printable
 from components.curation.memory import Recall
-from components.curation.readers.folders import MAX_CAPTION_BYTES, with_caption, without_caption
+from components.curation.readers.folders import MAX_CAPTION_BYTES, captions_in, without_caption
 from components.curation.readers.shards import read_shards
 from components.curation.readers.tables import contained
 from components.curation.readers.walking import Entry, Listing
@@ -30,7 +30,7 @@ def read_tars(listing: Listing, source: DataSource, recall: Recall) -> Found:
     tars = listing.with_suffix(".tar")
     skipped = list(listing.skipped)
     skipped += [Skipped(printable(entry.file_name), "no tar") for entry in listing.files if entry.suffix != ".tar"]
-    indexes = recall([tar.path for tar in tars if not tar.problem], INDEX, _index)
+    indexes = recall([tar.location for tar in tars if not tar.problem], INDEX, _index)
     readable, items = read_shards(tars, indexes)
     for tar, members in readable:
         found = _read_index(tar, members, source)
@@ -139,7 +139,8 @@ def _captioned(item: Item, tar: Entry, captions: dict[str, list[dict[str, Any]]]
         if source.caption_from == "file_name":
             return replace(item, caption=name_as_caption(PurePosixPath(key).name, item.file_name))
         if wanted:
-            return with_caption(item, wanted[0]["text"].encode("latin-1"), wanted[0]["name"], source)
+            caption, others = captions_in(wanted[0]["text"].encode("latin-1"), wanted[0]["name"], source)
+            return replace(item, caption=caption, variants=others)
     except CaptionProblem as problem:
         return replace(item, problem=Problem("caption", str(problem)))
     return without_caption(item, source.class_tokens, f"{item.file_name}: no caption; add {key}.txt to the tar")

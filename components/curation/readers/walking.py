@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from sys import intern
 
-from components.curation.items import Problem, Skipped, ending_of, is_picture, printable
+from components.curation.items import PICTURE_SUFFIXES, Problem, Skipped, ending_of, is_picture, printable
 from components.errors import BadInput
 
 PEERS_CACHES = frozenset({"_latent_cache", "_t_e_cache", "__pycache__", "__macosx"})  # other trainers', in lower case
@@ -31,7 +31,12 @@ class Entry:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "suffix", intern(ending_of(self.file_name).lower()))
-        object.__setattr__(self, "is_picture", is_picture(self.file_name))
+        object.__setattr__(self, "is_picture", self.suffix in PICTURE_SUFFIXES and is_picture(self.file_name))
+
+    @property
+    def base_name(self) -> str:
+        """The name without its folders."""
+        return self.file_name.rpartition("/")[2]
 
     @property
     def name(self) -> PurePosixPath:
