@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from tests.benchmarks.cache_encoding import passage
 from tests.benchmarks.paired import ROOT, Ratio, Run, busy, median_ratio, ratios, run_rounds
+from tests.curation.folders import settle
 
 SOURCE_SIDE = 512  # pixels of a JPEG
 ARMS = ("ours", "theirs")
@@ -65,6 +66,7 @@ def passages(folder: Path, side: str, size: int, processes: int) -> Run:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         shutil.copytree(folder / "pictures", work / "pictures")
+        settle()
         (work / "home").mkdir()
         recipe = work / "recipe.toml"
         recipe.write_text('name = "clouds"\n[[data.sources]]\npath = "pictures"\n[curation]\nnear_duplicates = false\n')

@@ -27,6 +27,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from components.storage import sha256_of
+from tests.curation.folders import settle
 
 ROOT = Path(__file__).parents[2]
 PHOTOGRAPHS = int(os.environ.get("PHOTOGRAPHS", "20000"))
@@ -37,7 +38,6 @@ SCENES = 200
 SCENE_SIDE = 2048
 LEAVES = 1500
 SAMPLE = 1000  # decoded alone before, and as many after
-SETTLED_S = 2.5  # a file younger than two seconds is not trusted
 
 
 def scene(seed: int) -> Image.Image:
@@ -62,7 +62,7 @@ def made_once(name: str, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(unfinished := folder.with_name(f"{name}.part"), ignore_errors=True)
         write(unfinished)
         unfinished.rename(folder)
-        time.sleep(SETTLED_S)
+        settle()
     return folder
 
 

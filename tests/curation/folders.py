@@ -1,6 +1,7 @@
 """Folders of small pictures, no two alike unless a test says so, and benches to curate them on."""
 
 import json
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from components.catalog.models import Base
 from components.config import CurationConfig, DataConfig, DataSource
+from components.curation.memory import TRUSTED_AGE_NS
 from components.curation.snapshots import curate
 from components.stages import Bench, Product
 from components.workspace import Workspace
@@ -33,6 +35,11 @@ def pictures(folder: Path, number: int, *, first: int = 0) -> Path:
         picture(seed).save(folder / f"{seed:03}.png")
         (folder / f"{seed:03}.txt").write_text(f"blobs number {seed}\n")
     return folder
+
+
+def settle() -> None:
+    """Wait until files that were just written are old enough for a scan to trust their times."""
+    time.sleep(TRUSTED_AGE_NS / 1e9 + 0.5)
 
 
 def table(folder: Path, rows: list[dict[str, object]]) -> None:

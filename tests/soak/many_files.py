@@ -34,13 +34,12 @@ from components.config import CurationConfig, DataConfig, DataSource
 from components.curation.scanning import scan
 from components.curation.snapshots import curate
 from components.stages import Bench
-from tests.curation.folders import new_bench, picture
+from tests.curation.folders import new_bench, picture, settle
 from tests.curation.handmade import png
 
 MEGABYTES = 1024  # that no look may reach
 IN_A_FOLDER = 10_000
 PICTURES = 3
-SETTLED_S = 3.0  # files younger than two seconds are not trusted, so their digests would be taken again
 
 
 def make_files(folder: Path, count: int) -> None:
@@ -145,7 +144,7 @@ def main() -> None:
     if not made.exists() or made.read_text() != str(arguments.count):
         shutil.rmtree(folder, ignore_errors=True)
         make_files(folder / "data", arguments.count)
-        time.sleep(SETTLED_S)
+        settle()
     shutil.rmtree(folder / "home", ignore_errors=True)
     steps = [measured(step, folder) for step in (killed_look, look, look, snapshot)]
     with (folder / "tally.jsonl").open("a") as file:
