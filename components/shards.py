@@ -56,6 +56,11 @@ class Crew:
     ray_address: str | None = None  # of a Ray cluster that runs already; it decides by itself how many work
     gpus: tuple[str, ...] | None = None  # for local processes in turn; None: no GPU is asked for, on Ray too
 
+    @property
+    def alone(self) -> bool:
+        """Whether a single process of this machine is all there is, as which the one that asks may work itself."""
+        return self.engine == "local" and self.processes == 1
+
 
 def run_shards(
     function: Callable[[Shard], Result],

@@ -7,7 +7,7 @@ the items, so that shards are the same to the byte however many work, and whatev
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from components.workspace import Workspace
 
 SHARE_ITEMS = 2 * LEASE_ITEMS  # handed to a process at once; a whole number of them makes a shard
 WORTH_A_CREW = 2 * SHARE_ITEMS  # items; fewer are encoded before other processes have loaded a model
+
+Model = TypeVar("Model")
 
 
 class Encoding(Protocol):
@@ -74,7 +76,7 @@ def encode_by_crew(bench: Bench, tasks: Sequence[Task]) -> list[int]:
     Where there is enough to do, the workspace's crew does it. Raises what `encode_missing` and `run_shards` raise.
     """
     crew = bench.workspace.encoding_crew(torch.cuda.device_count())
-    if crew.engine == "local" and crew.processes == 1:
+    if crew.alone:
         return [_encode_here(bench, task) for task in tasks]
     work = [_Work(bench, task) for task in tasks]
     if sum(one.left for one in work) < WORTH_A_CREW:
@@ -133,11 +135,11 @@ class _Work:
 
 def encode_share(share: Share) -> int:
     """Encode a share's items to pieces, as far as nobody has; returns how many. Runs in a process of the crew."""
-    bench, encoding = _bench(share.workspace, share.catalog_url), share.encoding
+    bench, encoding = bench_at(share.workspace, share.catalog_url), share.encoding
     held = Held(bench, encoding.key)
 
     def encode(inputs: list[Any]) -> Tensors:
-        return _loaded(encoding)(inputs)
+        return resident(encoding.key, encoding.load)(inputs)
 
     return encode_pieces(
         bench, encoding.key, share.items, encode, lambda _: None, lambda item: encoding.prepare(bench, item), held
@@ -169,16 +171,18 @@ def _encode_here(bench: Bench, task: Task) -> int:
 
 
 @cache
-def _bench(workspace: Workspace, catalog_url: str) -> Bench:
+def bench_at(workspace: Workspace, catalog_url: str) -> Bench:
+    """Of a process of the crew, opened once."""
     return Bench.at(workspace, catalog_url)
 
 
-_last: dict[str, Encode] = {}  # the encoder that this process used last, by its key
+_resident: dict[str, Any] = {}
 
 
-def _loaded(encoding: Encoding) -> Encode:
-    if encoding.key not in _last:
-        _last.clear()
+def resident(key: str, load: Callable[[], Model]) -> Model:
+    """The model of this key, which stays in the memory of a process of the crew until it is asked for another."""
+    if key not in _resident:
+        _resident.clear()
         release_memory()
-        _last[encoding.key] = encoding.load()
-    return _last[encoding.key]
+        _resident[key] = load()
+    return _resident[key]

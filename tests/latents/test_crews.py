@@ -2,23 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from sqlalchemy import select
 
 from components.catalog.encodings import locate
-from components.catalog.models import EncodedItem
+from components.catalog.models import EncodedItem, MeasuredItem
 from components.config import CurationConfig
+from components.curation.judges import measuring
 from components.curation.judges.measuring import measure
 from components.curation.snapshots import curate
 from components.evaluation.model_sources import feature_key
 from components.latents import crews, encoding, pieces
 from components.latents.caching import cache_latents
 from components.latents.keys import training_sizing
-from components.shards import Crew, Engine
+from components.shards import Crew, Engine, run_shards
 from tests.chain import Chain
 from tests.curation.folders import mixed_folder, new_bench, sources
+from tests.tiny import tiny_clip
 
 
 @pytest.fixture
@@ -91,3 +94,38 @@ def test_embeddings_are_the_same_from_one_process_and_from_ray(
     alone = found(tmp_path / "alone")
     set_encoders(two_on_ray, monkeypatch)
     assert found(tmp_path / "home") == alone and alone[1] == [29]
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_scores_of_models_are_the_same_from_one_process_and_from_a_crew(
+    engine: Engine, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if engine == "ray":
+        request.getfixturevalue("two_on_ray")
+    monkeypatch.setattr(measuring, "CHUNK", 8)
+    monkeypatch.setattr(measuring, "WORTH_A_CREW", 0)
+    folder, clip = mixed_folder(tmp_path / "data"), tiny_clip(tmp_path / "clip")
+    asked: list[str] = []
+
+    def run(*arguments: Any, **options: Any) -> None:
+        asked.append(arguments[3].engine)
+        run_shards(*arguments, **options)
+
+    monkeypatch.setattr(measuring, "run_shards", run)
+
+    def scores(home: Path) -> dict[str, bytes]:
+        bench, looked = new_bench(home), []
+        check = {"threshold": -1, "model": f"clip:{clip}"}
+        curate(bench, sources(folder), CurationConfig.model_validate({"checks": {"caption_match": check}}),
+               dataset="blobs", training_size=64,
+               measure=lambda work: looked.append(measure(bench, work, "cpu", lambda *_: None)))  # fmt: skip
+        with bench.catalog.read() as session:
+            query = select(MeasuredItem.item, MeasuredItem.figures).where(MeasuredItem.measure.startswith("caption_"))
+            found = dict(session.execute(query).tuples().all())
+        assert looked == [len(found)]
+        return found
+
+    alone = scores(tmp_path / "alone")
+    assert len(alone) > 16 and not asked
+    set_encoders(Crew(engine, 2), monkeypatch)
+    assert scores(tmp_path / "other") == alone and asked == [engine]

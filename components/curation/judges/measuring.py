@@ -4,8 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +18,14 @@ from components.curation.pixels import decode
 from components.errors import StageFailed
 from components.evaluation.embedders import load_embedder
 from components.evaluation.model_sources import feature_key
-from components.latents.crews import Task, encode_by_crew
+from components.latents.ahead import ahead
+from components.latents.crews import WORTH_A_CREW, Task, bench_at, encode_by_crew, resident
 from components.latents.encoding import Encode
 from components.latents.keys import Item
 from components.latents.ragged import Tensors
+from components.shards import run_shards
 from components.stages import Bench
+from components.workspace import Workspace
 
 CHUNK = 64   # pictures scored per commit: what a kill can cost
 
@@ -43,27 +45,75 @@ def measure(bench: Bench, work: str, device: str, on_progress: OnProgress) -> in
     return looked
 
 
+class Wanted(NamedTuple):
+    """A picture to score: what its score is kept under, and what a judge reads."""
+
+    item: str
+    sha256: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Pictures for one process to score by one check."""
+
+    workspace: Workspace
+    catalog_url: str
+    name: str
+    check: CheckConfig
+    device: str
+    pictures: tuple[Wanted, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.pictures[0].sha256[:12]}… and {len(self.pictures) - 1} more pictures"
+
+
 def _score(bench: Bench, plugin: Plugin, check: CheckConfig, pictures: Pictures, device: str,
            on_progress: OnProgress) -> int:
-    """Scores that are not known yet; the model is loaded only if there are such."""
+    """Scores that are not known yet, by the workspace's crew where there are enough; the model is loaded only if there
+    are such. A kill costs the parts at work."""
     name = measure_name(plugin.name, plugin.revision(check))
-    wanted = {item_of(plugin, rgb_digest, caption): (sha256, caption)
-              for rgb_digest, sha256, captions in pictures for caption in captions}
+    asked = [Wanted(item_of(plugin, rgb_digest, caption), sha256, caption)
+             for rgb_digest, sha256, captions in pictures for caption in captions]
+    wanted = {one.item: one for one in asked}
     known = known_figures(bench.catalog, name, wanted)
-    missing = iter([(item, *wanted[item]) for item in wanted if item not in known])
-    judge: Judge | None = None
+    missing = [one for one in wanted.values() if one.item not in known]
+    if not missing:
+        return 0
+    parts = [Part(bench.workspace, bench.workspace.catalog_url, plugin.name, check, device,
+                  tuple(missing[start : start + CHUNK])) for start in range(0, len(missing), CHUNK)]
     looked = 0
-    while chunk := list(islice(missing, CHUNK)):
-        judge = judge or plugin.load(check, device)
-        scores = judge([decode(bench.store.read(sha256)) for _, sha256, _ in chunk], [said for *_, said in chunk])
-        for (_, sha256, _), score in zip(chunk, scores, strict=True):
+
+    def commit(part: Part, scores: Sequence[float]) -> None:
+        nonlocal looked
+        for one, score in zip(part.pictures, scores, strict=True):
             if not math.isfinite(score):
-                raise StageFailed(f"curation.checks.{plugin.name} gives {score} for the picture {sha256[:12]}…")
-        remember_figures(bench.catalog, name,
-                         {item: np.array([score]) for (item, *_), score in zip(chunk, scores, strict=True)})
-        looked += len(chunk)
+                raise StageFailed(f"curation.checks.{plugin.name} gives {score} for the picture {one.sha256[:12]}…")
+        remember_figures(bench.catalog, name, {one.item: np.array([score])
+                                               for one, score in zip(part.pictures, scores, strict=True)})
+        looked += len(part.pictures)
         on_progress(len(known) + looked, len(wanted))
+
+    crew = bench.workspace.encoding_crew(torch.cuda.device_count())
+    if crew.alone or len(missing) < WORTH_A_CREW:
+        judge = plugin.load(check, device)
+        for part in parts:
+            commit(part, _scores(bench, judge, part.pictures))
+    else:
+        run_shards(score_part, parts, commit, crew, named=str)
     return looked
+
+
+def score_part(part: Part) -> list[float]:
+    """The score of each picture. Runs in a process of the crew."""
+    plugin = plugins({part.name: part.check})[part.name]
+    judge = resident(f"{plugin.name}:{plugin.revision(part.check)}", lambda: plugin.load(part.check, part.device))
+    return _scores(bench_at(part.workspace, part.catalog_url), judge, part.pictures)
+
+
+def _scores(bench: Bench, judge: Judge, pictures: Sequence[Wanted]) -> list[float]:
+    images = [image for _, image in ahead(pictures, lambda one: decode(bench.store.read(one.sha256)))]
+    return [float(score) for score in judge(images, [one.caption for one in pictures])]
 
 
 @dataclass(frozen=True, slots=True)
