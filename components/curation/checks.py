@@ -97,12 +97,14 @@ class Check:
     score: Callable[[ImageFacts, str, CheckRules], float]
     says: str
 
-    def __call__(self, facts: ImageFacts, caption: str, rules: CheckRules) -> Verdict | None:
+    def __call__(self, facts: ImageFacts, caption: str, rules: CheckRules, *, passed: bool) -> Verdict | None:
         limit = self.threshold(rules)
         if limit is None:
             return None
         score, threshold = float(self.score(facts, caption, rules)), float(limit)
         failed = score < threshold if self.fails == "below" else score > threshold
+        if not (failed or passed):
+            return None
         said = self.says.format(score=score, threshold=threshold, facts=facts, notes=_said_of(facts))
         return Verdict(self.name, score, threshold, self.decision if failed else "keep", said, str(self.version))
 
@@ -176,11 +178,14 @@ def examine(data: bytes, background: tuple[int, int, int] = WHITE) -> ImageFacts
     )
 
 
-def judge(facts: ImageFacts | Unreadable, caption: str, rules: CheckRules) -> list[Verdict]:
-    """Every check's verdict on one image and its caption, passed ones too. An unreadable file has this one only."""
+def judge(facts: ImageFacts | Unreadable, caption: str, rules: CheckRules, *, passed: bool = True) -> list[Verdict]:
+    """Every check's verdict on one image and its caption, those that it passed too unless `passed` is False.
+
+    An unreadable file has this one only.
+    """
     if isinstance(facts, Unreadable):
         return [Verdict("unreadable", None, None, "reject", f"It cannot be opened: {facts.reason}.")]
-    return [verdict for check in CHECKS if (verdict := check(facts, caption, rules)) is not None]
+    return [verdict for check in CHECKS if (verdict := check(facts, caption, rules, passed=passed)) is not None]
 
 
 def judge_licence(licence: str | None, rules: CheckRules) -> Verdict | None:

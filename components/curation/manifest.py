@@ -1,7 +1,7 @@
 """A snapshot's manifest: the kept samples as Parquet bytes, the same for the same rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
@@ -64,6 +64,11 @@ def read_manifest(store: Store, digest: str) -> list[SampleRow]:
     with pq.ParquetFile(pa.BufferReader(store.read(digest))) as file:
         return [SampleRow(**row | {"variants": tuple(row.get("variants") or ())})
                 for part in file.iter_batches(ROWS_AT_ONCE) for row in part.to_pylist()]
+
+
+def cells(row: Any) -> dict[str, Any]:
+    """A dataclass's values by their names, as they are: `asdict` would copy each, a hundred times slower."""
+    return {field.name: getattr(row, field.name) for field in fields(row)}
 
 
 def parquet(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> bytes:

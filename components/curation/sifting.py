@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from components.curation.duplicates import duplicate_groups, near_duplicates
 from components.curation.examining import Facts
 from components.curation.judging import Subject
 from components.curation.looks import Look, alike, looks_of
+from components.curation.manifest import cells
 from components.curation.profiles import Thresholds
 from components.curation.scanning import ScannedFile
 from components.curation.splits import Pair
@@ -109,7 +110,7 @@ class Batch:
         return ", ".join(f"{number} {check}" for check, number in counts.most_common())
 
     def verdict_rows(self) -> Iterator[dict[str, Any]]:
-        return ({"file_name": file.item.file_name, "sha256": file.sha256} | asdict(verdict)
+        return ({"file_name": file.item.file_name, "sha256": file.sha256} | cells(verdict)
                 for file, verdicts in zip(self.files, self.verdicts, strict=True) for verdict in verdicts)
 
 
@@ -119,8 +120,8 @@ def judge_file(file: ScannedFile, facts: Facts | None, rules: CheckRules) -> lis
     if problem := file.item.problem:
         verdicts.append(Verdict(problem.check, None, None, "reject", problem.reason))
     if facts is not None:
-        verdicts += [verdict for verdict in judge(facts, file.item.caption, rules) if verdict.decision != "keep"
-                     and not (problem and verdict.check.startswith("caption"))]
+        verdicts += [verdict for verdict in judge(facts, file.item.caption, rules, passed=False)
+                     if not (problem and verdict.check.startswith("caption"))]
     if (unlicensed := judge_licence(file.item.licence, rules)) is not None:
         verdicts.append(unlicensed)
     if file.item.fallback:

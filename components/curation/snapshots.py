@@ -26,6 +26,7 @@ from components.curation.manifest import (
     SKIPPED_SCHEMA,
     VERDICT_SCHEMA,
     SampleRow,
+    cells,
     parquet,
 )
 from components.curation.profiles import Thresholds, ToldProfile
@@ -110,7 +111,7 @@ def curate(bench: Bench, data: DataConfig, curation: CurationConfig, *, dataset:
     schema = MANIFEST_SCHEMA
     for optional in OPTIONAL_FIELDS:
         schema = schema.append(optional) if any(getattr(row, optional.name) for row in rows) else schema
-    manifest = bench.store.put(parquet((asdict(row) for row in rows), schema))
+    manifest = bench.store.put(parquet(map(cells, rows), schema))
     verdicts = bench.store.put(parquet(batch.verdict_rows(), VERDICT_SCHEMA))
     profile_facts = _describe(batch, rows, curation, told, seen.cosine) | _describe_sources(found.sources)
     skipped = [asdict(one) | {"source": source.path} for source in found.sources for one in source.skipped]
@@ -295,7 +296,7 @@ def _record(bench: Bench, batch: Batch, rows: Sequence[SampleRow], manifest: Obj
     items = (  # a rejected file's name may look like another's
         _item_values(batch, i, ordinal, None if batch.rejected(i) else kept[batch.name(i)], sides.get(i))
         for ordinal, i in enumerate(ordered))
-    verdicts = (asdict(verdict) | {"ordinal": ordinal}
+    verdicts = (cells(verdict) | {"ordinal": ordinal}
                 for ordinal, i in enumerate(ordered) for verdict in batch.verdicts[i])
     with bench.catalog.write() as session:
         snapshot = session.scalar(
