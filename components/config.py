@@ -38,6 +38,11 @@ class DataSource(Config):
     revision: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{40}$", description="Commit of a data set of the hub, 40 hex digits."
     )
+    streaming: bool = Field(
+        default=False,
+        description="Whether that data set is read over the network, of which pictures alone are kept; false: it is"
+        " downloaded into the hub's cache.",
+    )
     repeats: int = Field(default=1, ge=1, description="How often each picture comes in an epoch.")
     is_reg: bool = Field(
         default=False, description="Pictures of the class, to train on beside the data with prior_loss_weight."
@@ -64,6 +69,12 @@ class DataSource(Config):
         default=None,
         description='Where its masks are: "masklabel" (x-masklabel.png beside x.png), "alpha", or a folder of masks.',
     )
+
+    @model_validator(mode="after")
+    def _streamed_from_the_hub(self) -> "DataSource":
+        if self.streaming and self.revision is None:
+            raise ValueError("streaming is for a data set of the hub; name its commit as revision, or leave it out")
+        return self
 
 
 class DataConfig(Config):

@@ -26,10 +26,12 @@ from components.storage import sha256_of
 TRUSTED_AGE_NS = 2_000_000_000  # coarse file clocks (FAT: two seconds) cannot tell younger changes apart
 CHUNK = 500  # files per transaction and per query
 KEPT_BYTES = 64 << 20  # what is learnt of a file and longer than this is learnt again by every scan
+REMOTE = "hf://"  # begins the name of a file of the hub, which names a commit
+AT_A_COMMIT = os.stat_result((0,) * 10, {"st_mtime_ns": 0, "st_ctime_ns": 0})  # such a file never changes
 
 Each = TypeVar("Each")
 Place = TypeVar("Place", str, Path)
-Learn = Callable[[Path], bytes]
+Learn = Callable[[str], bytes]
 Memory = type[SourceFile] | type[SourceNote]
 
 
@@ -48,7 +50,7 @@ def afresh(paths: Sequence[str], kind: str, learn: Learn) -> dict[str, bytes | O
     found: dict[str, bytes | OSError] = {}
     for path in paths:
         try:
-            found[path] = learn(Path(path))
+            found[path] = learn(path)
         except OSError as error:
             found[path] = error
     return found
@@ -65,12 +67,12 @@ def remembering(catalog: Catalog, *, verify: bool = False) -> Recall:
             fresh: list[dict[str, Any]] = []
             for path in chunk:
                 try:
-                    now = _state(path)
+                    now = state(path)
                     row = known.get(path)
                     if row is not None and _unchanged(row, now):
                         found[path] = row.learnt
                         continue
-                    body = found[path] = learn(Path(path))
+                    body = found[path] = learn(path)
                 except OSError as error:
                     found[path] = error
                     continue
@@ -101,7 +103,7 @@ def hash_files(catalog: Catalog, paths: Sequence[Place], *, verify: bool = False
         fresh: list[dict[str, Any]] = []
         for path in chunk:
             try:
-                now = _state(path)
+                now = state(path)
                 row = known.get(str(path))
                 if row is not None and _unchanged(row, now):
                     found[path] = FileDigest(row.learnt, row.size, hashed=False)
@@ -163,7 +165,10 @@ def _chunks(many: Sequence[Each]) -> Iterator[Sequence[Each]]:
     yield from (many[start : start + CHUNK] for start in range(0, len(many), CHUNK))
 
 
-def _state(path: str | Path) -> os.stat_result:
+def state(path: str | Path) -> os.stat_result:
+    """What tells whether a file has changed. Raises OSError."""
+    if isinstance(path, str) and path.startswith(REMOTE):
+        return AT_A_COMMIT
     return os.stat(path)  # noqa: PTH116  text stays text
 
 

@@ -18,7 +18,7 @@ from components.curation.items import PICTURE_SUFFIXES, Found, Item, Member, Pro
 from components.curation.masks import ALPHA, mask_folder, masks_of, with_mask
 from components.curation.memory import FileDigest, Recall, afresh, hash_files
 from components.curation.readers.folders import read_pictures
-from components.curation.readers.hub import fetch_dataset
+from components.curation.readers.hub import fetch_dataset, list_dataset
 from components.curation.readers.rows import SUFFIXES as ROW_SUFFIXES
 from components.curation.readers.rows import member_of_rows, read_rows
 from components.curation.readers.tables import TABLE_NAMES
@@ -158,10 +158,10 @@ def read_folder(source: DataSource) -> list[Item]:
 
 def read_picture(item: Item) -> bytes:
     """The bytes of an item's picture, which may have changed since it was scanned. Raises OSError."""
-    path, member = Path(str(item.location)), item.member
+    location, member = str(item.location), item.member
     if member is None:
-        return path.read_bytes()
-    return member_of_rows(path, member) if member.column else member_of_tar(path, member)
+        return Path(location).read_bytes()
+    return member_of_rows(location, member) if member.column else member_of_tar(location, member)
 
 
 def picture_file(item: Item) -> Path | BytesIO:
@@ -194,8 +194,10 @@ def require_folders(data: DataConfig) -> None:
 
 
 def require_pictures(data: DataConfig) -> None:
-    """Raises BadInput, as `read_data` would, for a source that is missing or empty. Opens no file."""
+    """Raises BadInput, as `read_data` would, for a source on this machine that is missing or empty. Opens no file."""
     for source in data.sources:
+        if source.streaming:
+            continue  # the hub is asked when it is read
         root, home = _root_of(source)
         if root.is_dir() and not any(isinstance(one, Entry) for one in walk(root, home)):
             raise BadInput(_no_pictures(root, 0))
@@ -203,13 +205,21 @@ def require_pictures(data: DataConfig) -> None:
 
 def _read(source: DataSource, recall: Recall,
           on_listed: OnListed = lambda files: None) -> tuple[list[Item], SourceReading]:
-    (root, home), masks = _root_of(source), _masks_of(source)
-    listing = list_source(root, home, apart=masks, on_listed=on_listed)
+    masks = _masks_of(source)
+    if source.streaming:
+        listing = list_dataset(source.path, str(source.revision), recall)
+        on_listed(len(listing.files))
+    else:
+        root, home = _root_of(source)
+        listing = list_source(root, home, apart=masks, on_listed=on_listed)
     layout = _layout_of(source, listing)
+    if source.streaming and (layout.name not in HELD_INSIDE or listing.with_suffix(".arrow")):
+        raise BadInput(f"data set {source.path!r}: its pictures are no rows of .parquet and in no .tar, which alone can"
+                       " be streamed; leave streaming out, and it is downloaded")
     found = layout.read(listing, source, recall)
     items = found.items
     if not items:
-        raise BadInput(_no_pictures(root, len(listing.files)))
+        raise BadInput(_no_pictures(listing.root, len(listing.files)))
     if source.masks is not None:
         items = _masked(items, listing, masks, source)
     items = [_as_the_recipe_says(item, source) for item in items]

@@ -124,9 +124,9 @@ def _beside_caption(entry: Entry, captions: Sequence[Entry], texts: Mapping[str,
                            f"{entry.name}: no caption; write {entry.name.stem}.txt beside it")
 
 
-def _caption_bytes(path: Path) -> bytes:
+def _caption_bytes(path: str) -> bytes:
     """The file's bytes; of one that is too long no more than it takes to say so."""
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         return file.read(MAX_CAPTION_BYTES + 1)
 
 

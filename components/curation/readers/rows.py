@@ -10,16 +10,28 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
+from typing import IO, Any
 
 from components.config import DataSource
 from components.curation.captions import CaptionProblem, caption_cells
-from components.curation.items import PICTURE_SUFFIXES, SPLITS, Found, Item, Member, Problem, Skipped, printable
-from components.curation.memory import Recall
+from components.curation.items import (
+    PICTURE_SUFFIXES,
+    SPLITS,
+    Found,
+    Item,
+    Member,
+    Problem,
+    Skipped,
+    ending_of,
+    printable,
+)
+from components.curation.memory import REMOTE, Recall, state
 from components.curation.readers.folders import without_caption
+from components.curation.readers.hub import opened
 from components.curation.readers.shards import read_shards
 from components.curation.readers.tables import CAPTION_COLUMNS, provenance
 from components.curation.readers.walking import Entry, Listing
@@ -49,22 +61,22 @@ def read_rows(listing: Listing, source: DataSource, recall: Recall) -> Found:
     return Found(sorted(items, key=lambda item: item.file_name), skipped)
 
 
-def member_of_rows(path: Path, member: Member) -> bytes:
+def member_of_rows(location: str, member: Member) -> bytes:
     """The picture's bytes, as far as the file still holds them. Raises OSError for a file that is no longer one."""
     import pyarrow as pa
 
     group, row = member.place
-    now = path.stat()
+    now = state(location)
     try:
-        return _picture(_cells(path, (now.st_mtime_ns, now.st_size), group, member.column)[row].as_py())[0]
+        return _picture(_cells(location, (now.st_mtime_ns, now.st_size), group, member.column)[row].as_py())[0]
     except (pa.ArrowException, IndexError, KeyError):
-        raise OSError(errno.EIO, "damaged or changed", str(path)) from None
+        raise OSError(errno.EIO, "damaged or changed", location) from None
 
 
 @lru_cache(maxsize=2)
-def _cells(path: Path, state: tuple[int, int], group: int, column: str) -> Any:
+def _cells(location: str, seen: tuple[int, int], group: int, column: str) -> Any:
     """One column of a row group, as it lies in the file; pictures are asked for in the file's order."""
-    with _opened(path) as file:
+    with _opened(location) as file:
         return file.group(group, [column]).column(0)
 
 
@@ -94,10 +106,10 @@ def _split_of(name: PurePosixPath) -> str | None:
 
 
 class _Parquet:
-    def __init__(self, path: Path):
+    def __init__(self, source: str | IO[bytes]):
         import pyarrow.parquet as pq
 
-        self.file = pq.ParquetFile(path, memory_map=True)
+        self.file = pq.ParquetFile(source, memory_map=True)
         self.schema, self.groups = self.file.schema_arrow, self.file.num_row_groups
 
     def group(self, i: int, columns: list[str]) -> Any:
@@ -113,10 +125,10 @@ class _Parquet:
 class _Arrow:
     """What `Dataset.save_to_disk` writes: a stream of record batches, here mapped into memory."""
 
-    def __init__(self, path: Path):
+    def __init__(self, location: str):
         import pyarrow as pa
 
-        self.file = pa.memory_map(str(path))
+        self.file = pa.memory_map(location)
         reader = pa.ipc.open_stream(self.file)
         self.schema, self.batches = reader.schema, list(reader)
         self.groups = len(self.batches)
@@ -134,14 +146,24 @@ class _Arrow:
         """Cells that are still in use keep the file mapped."""
 
 
-def _opened(path: Path) -> _Parquet | _Arrow:
-    return _Parquet(path) if path.suffix.lower() == ".parquet" else _Arrow(path)
+@contextmanager
+def _opened(location: str) -> Iterator[_Parquet | _Arrow]:
+    if location.startswith(REMOTE):
+        with opened(location, in_order=False) as stream, _Parquet(stream) as file:
+            yield file
+    else:
+        with _Parquet(location) if _is_parquet(location) else _Arrow(location) as file:
+            yield file
+
+
+def _is_parquet(location: str) -> bool:
+    return ending_of(location).lower() == ".parquet"
 
 
 # what they hold -----------------------------------------------------------------------------------------------------
 
 
-def _index(path: Path, *, image_column: str | None, caption_column: str | None) -> bytes:
+def _index(location: str, *, image_column: str | None, caption_column: str | None) -> bytes:
     """Of each row, as JSON: the picture's place and sha256, or why there is none, the caption and what is said of it.
 
     Why there is nothing, as a string, for a file that is damaged, or has no column of pictures or of captions.
@@ -149,7 +171,7 @@ def _index(path: Path, *, image_column: str | None, caption_column: str | None) 
     import pyarrow as pa
 
     try:
-        with _opened(path) as file:
+        with _opened(location) as file:
             image = _image_column(file.schema, image_column)
             caption = _caption_column(file.schema, caption_column)
             about = [name for name in ABOUT if name in file.schema.names and name not in (image, caption)]
@@ -157,7 +179,7 @@ def _index(path: Path, *, image_column: str | None, caption_column: str | None) 
     except _Unsuitable as error:
         return json.dumps(str(error)).encode()
     except (pa.ArrowException, ValueError, ArithmeticError, MemoryError) as error:
-        what = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+        what = "Parquet" if _is_parquet(location) else "Arrow"
         said = " ".join(str(error).split())[:200] or type(error).__name__
         return json.dumps(f"not a readable {what} file: {said}; write it again").encode()
     return json.dumps(rows, default=lambda value: {"type": type(value).__name__}).encode()

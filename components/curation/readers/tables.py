@@ -133,12 +133,16 @@ def _word(values: Mapping[str, Any], key: str) -> str | None:
     return text or None
 
 
+def _read_bytes(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
 def _contents(tables: Sequence[Entry], recall: Recall) -> dict[str, bytes]:
     for table in tables:
         if table.problem:
             raise BadInput(f"{table.path}: {table.problem.reason}")
     found: dict[str, bytes] = {}
-    for path, body in recall([table.location for table in tables], "bytes", Path.read_bytes).items():
+    for path, body in recall([table.location for table in tables], "bytes", _read_bytes).items():
         if isinstance(body, OSError):
             raise BadInput(f"{path}: {why_unreadable(body)}")
         found[path] = body

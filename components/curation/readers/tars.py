@@ -10,7 +10,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from components.config import DataSource
@@ -18,6 +18,7 @@ from components.curation.captions import CAPTION_SUFFIXES, CaptionProblem, name_
 from components.curation.items import PICTURE_SUFFIXES, Found, Item, Member, Problem, Skipped, printable
 from components.curation.memory import Recall
 from components.curation.readers.folders import MAX_CAPTION_BYTES, captions_in, without_caption
+from components.curation.readers.hub import opened
 from components.curation.readers.shards import read_shards
 from components.curation.readers.tables import contained
 from components.curation.readers.walking import Entry, Listing
@@ -39,21 +40,21 @@ def read_tars(listing: Listing, source: DataSource, recall: Recall) -> Found:
     return Found(sorted(items, key=lambda item: item.file_name), skipped)
 
 
-def member_of_tar(path: Path, member: Member) -> bytes:
+def member_of_tar(location: str, member: Member) -> bytes:
     """The picture's bytes, as far as the file still holds them."""
     offset, size = member.place
-    with path.open("rb") as file:
+    with opened(location, in_order=False) as file:
         file.seek(offset)
         return file.read(size)
 
 
-def _index(path: Path) -> bytes:
+def _index(location: str) -> bytes:
     """What the tar holds, as JSON: each member's name, place and sha256, a caption's text, or why it is not read.
 
     Why nothing of it can be read, as a string, where it is damaged.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
+        with opened(location, in_order=True) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = list(_members(archive))
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError) as error:
         said = " ".join(str(error).split()) or "it ends early"
