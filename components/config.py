@@ -697,8 +697,14 @@ def parse_recipe(body: dict[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(body)
     except ValidationError as error:
-        faults = "; ".join(_describe(fault) for fault in error.errors())
+        found = error.errors()
+        faults = "; ".join(_describe(fault) for fault in found if not _is_echo(fault["loc"], [f["loc"] for f in found]))
         raise RecipeError(f"{origin}: {faults}") from None
+
+
+def _is_echo(place: Sequence[str | int], places: Sequence[Sequence[str | int]]) -> bool:
+    """Whether something inside of this place is at fault, from which a list then seems too short."""
+    return any(len(other) > len(place) and other[: len(place)] == place for other in places)
 
 
 def _describe(fault: Any) -> str:
@@ -710,7 +716,8 @@ def _describe(fault: Any) -> str:
         return f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else "; remove it")
     if fault["type"] == "missing":
         return f"{where!r} is missing; add it"
-    return f"{where!r} is {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
+    said = fault["msg"].removeprefix("Value error, ")
+    return f"{where!r}: {said}" if isinstance(fault["input"], dict) else f"{where!r} is {fault['input']!r}: {said}"
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:

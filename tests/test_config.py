@@ -29,6 +29,8 @@ def test_a_recipe_of_three_lines_is_enough_and_paths_count_from_its_folder(tmp_p
         (MINIMAL + "[trainig]\nrank = 4\n", "unknown key 'trainig', did you mean 'training'?"),
         (MINIMAL.replace("path", "pth"), "unknown key 'data.sources.0.pth', did you mean 'path'?"),
         (MINIMAL + "[training]\nrank = 0\n", "'training.rank' is 0"),
+        (MINIMAL + "repeats = 0\n", "recipe.toml: 'data.sources.0.repeats' is 0: Input should be greater"),
+        (MINIMAL + "streaming = true\n", "'data.sources.0': streaming is for a data set of the hub"),
         (
             MINIMAL + "[training]\nmax_train_steps = 5\nlr_warmup_steps = 6\n",
             "lr_warmup_steps 6 is more than max_train_steps 5",
@@ -43,6 +45,7 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_key(tmp_path: Path
         load_recipe(write(tmp_path, text))
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value).removesuffix("\n")
+    assert "; 'data" not in str(refusal.value)  # a list is not too short as well, because what is in it is wrong
     assert refusal.value.exit_code == 2
 
 
