@@ -698,7 +698,8 @@ def parse_recipe(body: dict[str, Any], *, origin: str) -> Recipe:
         return Recipe.model_validate(body)
     except ValidationError as error:
         found = error.errors()
-        faults = "; ".join(_describe(fault) for fault in found if not _is_echo(fault["loc"], [f["loc"] for f in found]))
+        places = [fault["loc"] for fault in found]
+        faults = "; ".join(_describe(fault) for fault in found if not _is_echo(fault["loc"], places))
         raise RecipeError(f"{origin}: {faults}") from None
 
 

@@ -107,7 +107,8 @@ def _score(bench: Bench, plugin: Plugin, check: CheckConfig, pictures: Pictures,
 def score_part(part: Part) -> list[float]:
     """The score of each picture. Runs in a process of the crew."""
     plugin = plugins({part.name: part.check})[part.name]
-    judge = resident(f"{plugin.name}:{plugin.revision(part.check)}", lambda: plugin.load(part.check, part.device))
+    name = measure_name(plugin.name, plugin.revision(part.check))
+    judge = resident(name, lambda: plugin.load(part.check, part.device))
     return _scores(bench_at(part.workspace, part.catalog_url), judge, part.pictures)
 
 
