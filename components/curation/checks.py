@@ -21,7 +21,7 @@ from components.curation.looks import Look
 from components.curation.pixels import NOTES, WHITE, UnreadableImage, read_image, rgb_digest
 from components.curation.profiles import PHOTO, PROFILES, Profile, Thresholds, ToldProfile
 
-EXAMINE_VERSION = 3
+EXAMINE_VERSION = 4
 REDUCED_SIDE = 256            # px, about, of the shorter side of the copy that hashes and figures are read off
 REDUCED_PIXELS = 2**20        # and of at most about this many pixels, however long and thin it is
 EDGE_SIDE = 64                # px, of the second look at sharpness
@@ -40,7 +40,7 @@ PIXEL_ART_SIDE, PIXEL_ART_COLOURS = 128, 32   # up to which it is pixel art of i
 class ImageFacts:
     """One decoded image, upright. Brightness is perceived, 0 black to 1 white."""
 
-    rgb_digest: str                            # sha256 of size and RGB pixels: the same picture in any container
+    rgb_digest: str                            # of size and RGB pixels: the same picture in any container
     width: int
     height: int
     format: str                                # "PNG", "JPEG", ...
@@ -304,10 +304,11 @@ def _perceived_brightness(rgb: NDArray[np.float32]) -> NDArray[np.floating]:
 
 
 def _laplacian_variance(grey: Image.Image) -> float:
-    x = np.asarray(_within(grey, REDUCED_SIDE), dtype=np.float32)
+    x = np.asarray(_within(grey, REDUCED_SIDE)).astype(np.int16)
     if min(x.shape) < 3:
         return 0.0
-    return float((x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:] - 4 * x[1:-1, 1:-1]).var())
+    laplacian = x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:] - 4 * x[1:-1, 1:-1]
+    return float(laplacian.astype(np.float32).var())
 
 
 def _edge_deviation(grey: Image.Image) -> float:

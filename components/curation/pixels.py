@@ -14,7 +14,6 @@
 | floating point, SVG, EPS, PSD and anything not in `FORMATS` | refused |
 """
 
-import hashlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 
@@ -122,8 +122,11 @@ def read_image(data: bytes, background: tuple[int, int, int] = WHITE, *, max_pix
 
 
 def rgb_digest(image: Image.Image) -> str:
-    """sha256 of an RGB image's size and pixels, hex: equal for the same picture in another container."""
-    digest = hashlib.sha256(f"{image.width}x{image.height} RGB\n".encode())
+    """BLAKE3 of an RGB image's size and pixels, 64 hex digits: equal for the same picture in another container.
+
+    There are thirty times as many bytes of pixels as of the file, and BLAKE3 takes half of sha256's time for them.
+    """
+    digest = blake3(f"{image.width}x{image.height} RGB\n".encode())
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height))) if rows < image.height else image

@@ -5,6 +5,7 @@ Prints what it took as JSON: seconds of wall and of CPU (all of its processes), 
 
 import argparse
 import json
+import re
 import resource
 import threading
 import time
@@ -19,7 +20,8 @@ from components.curation.snapshots import curate, curate_key
 from components.stages import Bench
 from components.workspace import Workspace
 
-SAMPLE_S = 0.1
+SAMPLE_S = 1.0
+HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
 
 
 def cpu_seconds() -> float:
@@ -34,21 +36,29 @@ def cpu_seconds() -> float:
 
 
 class Memory:
-    """Looks ten times a second at the resident memory of this process and its children."""
+    """The most that this process and its children can have held in memory together: the sum of their own peaks, which
+    the kernel keeps, so that looking once a second is enough and costs next to nothing."""
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.peaks: dict[int, int] = {}  # bytes, by process
         threading.Thread(target=self._watch, daemon=True).start()
 
+    @property
+    def peak(self) -> int:
+        self._look()
+        return sum(tuple(self.peaks.values()))
+
     def _watch(self) -> None:
-        here = psutil.Process()
         while True:
-            total = 0
-            for process in (here, *here.children(recursive=True)):
-                with suppress(psutil.NoSuchProcess):
-                    total += process.memory_info().rss
-            self.peak = max(self.peak, total)
+            self._look()
             time.sleep(SAMPLE_S)
+
+    def _look(self) -> None:
+        here = psutil.Process()
+        for process in (here, *here.children(recursive=True)):
+            with suppress(OSError, psutil.NoSuchProcess):
+                if said := HIGH_WATER.search(Path(f"/proc/{process.pid}/status").read_text()):
+                    self.peaks[process.pid] = int(said[1]) << 10
 
 
 def main() -> None:
