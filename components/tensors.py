@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -31,3 +31,10 @@ def default_device() -> str:
 def device_name(device: str) -> str:
     """What `device` is, for people: the GPU's own name, or the CPU with the threads that torch uses."""
     return torch.cuda.get_device_name(device) if device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def lay_channels_last(model: nn.Module) -> None:
+    """Frozen kernels of 2-D convolutions in the order that tensor cores and vector units read; activations follow."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

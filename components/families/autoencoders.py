@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from components.families.family import Normal, PixelEncoder, Tensors
 
 AGREEMENT = 0.02  # of the standard deviation of what is cached
-CPU_PIXELS = 2**15  # encoded at once on a CPU, so that what layers hand on stays in its caches: up to 1.6 times as fast
+CPU_PIXELS = 2**17  # encoded at once on a CPU, whose caches then hold what layers hand on
 
 
 class GaussianEncoder:
@@ -64,10 +64,10 @@ class HalfEncoder:
     """An encoder's convolutions and products in bfloat16 and channels_last, which is what a GPU is fast at."""
 
     def __init__(self, encoder: Any, device: str):
-        import torch
+        from components.tensors import lay_channels_last
 
         self._encoder, self._device = encoder, device
-        encoder.vae.to(memory_format=torch.channels_last)
+        lay_channels_last(encoder.vae)
 
     def encode(self, pixels: "Tensor") -> "Tensors":
         import torch
@@ -91,7 +91,7 @@ def half_where_it_agrees(encoder: Any, side: int, device: str) -> "PixelEncoder"
     rounded = half.encode(pixels)
     if all(_error(rounded[name], tensor) <= AGREEMENT for name, tensor in exact.items()):
         return half
-    encoder.vae.to(memory_format=torch.contiguous_format)
+    _lay_out(encoder.vae, device)
     return encoder
 
 
@@ -105,7 +105,20 @@ def _load(base: Path, device: str, autoencoder: str) -> Any:
     import torch
 
     cls: Any = getattr(diffusers, autoencoder)
-    return cls.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval().to(device)
+    vae = cls.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+    _lay_out(vae.eval().requires_grad_(False).to(device), device)
+    return vae
+
+
+def _lay_out(vae: Any, device: str) -> None:
+    """As float32 is computed: with channels last on a CPU, in three quarters of the time at 128 px."""
+    import torch
+
+    from components.tensors import lay_channels_last
+
+    vae.to(memory_format=torch.contiguous_format)
+    if device == "cpu":
+        lay_channels_last(vae)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from components.latents.wording import Wording
 from components.stages import canonical_json, stage_key
 
 ENCODING_VERSION = 1  # raise when encoding.py changes what it stores
-LATENTS_VERSION = 2  # raise when autoencoders.py changes latents
+LATENTS_VERSION = 3  # raise when autoencoders.py changes latents
 NULL_PROMPT = ""  # what classifier-free guidance and caption dropout are conditioned on
 Windows = Mapping[str, tuple[int, int]]  # corners of windows that saliency has chosen, by `window_item`'s keys
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from components.config import TrainingConfig
 from components.errors import BadInput
 from components.latents.ragged import Tensors
+from components.tensors import lay_channels_last
 from components.training.blocks import blocks_of
 from components.training.quantisation import quantise
 
@@ -45,13 +46,6 @@ def prepare(denoiser: nn.Module, training: TrainingConfig, device: str, null: Te
         lay_channels_last(denoiser)
     if training.compile:
         compile_blocks(denoiser, dynamic=None if many_lengths else False)
-
-
-def lay_channels_last(denoiser: nn.Module) -> None:
-    """Frozen convolution kernels in the order that tensor cores read; activations follow them."""
-    for module in denoiser.modules():
-        if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def compile_blocks(denoiser: nn.Module, *, dynamic: bool | None, backend: str = "inductor") -> None:

@@ -1,13 +1,18 @@
-"""Encoding in bfloat16: taken where the latents agree, under a key of its own, and left where they do not."""
+"""Encoders lie in memory as is fastest, which changes no latent beyond rounding; bfloat16 is taken where they agree."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from torch import nn
 
 from components.config import BaseModelConfig
 from components.families import autoencoders
 from components.families.autoencoders import GaussianEncoder, HalfEncoder, half_where_it_agrees
 from components.families.bases import EMBEDDED, resolve_base
 from components.latents.keys import pixel_encoder_key
+from tests.families.members import MEMBERS
 
 SIDE = 64  # pixels
 
@@ -20,6 +25,17 @@ def encoder() -> GaussianEncoder:
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_kernels_on_a_cpu_have_their_channels_last_and_the_latents_are_those_of_diffusers(
+    encoder: GaussianEncoder, pixels: torch.Tensor
+):
+    kernels = [module.weight for module in encoder.vae.encoder.modules() if isinstance(module, nn.Conv2d)]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    with torch.inference_mode():
+        theirs = AutoencoderKL.from_pretrained(EMBEDDED, subfolder="vae").eval().encode(pixels).latent_dist
+    for name, ours in encoder.encode(pixels).items():
+        torch.testing.assert_close(ours, getattr(theirs, name), rtol=1e-4, atol=1e-4)
 
 
 def test_latents_in_bfloat16_are_those_in_float32_to_a_fiftieth_of_their_spread(
@@ -42,6 +58,18 @@ def test_where_they_differ_the_encoder_stays_as_it_was_to_the_bit(
     left = half_where_it_agrees(encoder, SIDE, "cpu")
     assert left is encoder
     assert all(torch.equal(left.encode(pixels)[name], tensor) for name, tensor in exact.items())
+
+
+def test_an_autoencoder_of_videos_has_a_half_as_well(tmp_path: Path):
+    """Its kernels have five axes, for which there are no channels last in two dimensions."""
+    member = MEMBERS["qwen-image"]
+    base = resolve_base(BaseModelConfig(model=str(member.build(tmp_path / "base"))))
+    encoder = base.architecture.load_pixel_encoder(base.path, "cpu")
+    half = half_where_it_agrees(encoder, member.side, "cpu")
+    assert isinstance(half, HalfEncoder)
+    pixels = torch.rand(2, 3, member.side, member.side)
+    exact, rounded = encoder.encode(pixels), half.encode(pixels)
+    assert all(rounded[name].shape == tensor.shape for name, tensor in exact.items())
 
 
 def test_an_encoder_that_overflows_in_bfloat16_is_left_alone(encoder: GaussianEncoder):

@@ -14,10 +14,10 @@ from components.errors import BadInput, RecipeError
 from components.families.bases import BaseModel, resolve_base
 from components.families.family import Framing
 from components.latents.ragged import Tensors, stacked
+from components.tensors import lay_channels_last
 from components.training.acceleration import (
     GraphedPasses,
     compile_blocks,
-    lay_channels_last,
     loading_device,
     prepare,
     tensor_cores,
