@@ -1,11 +1,9 @@
-"""Encoders lie in memory as is fastest, which changes no latent beyond rounding; bfloat16 is taken where they agree."""
+"""Encoding in bfloat16: taken where the latents agree, under a key of its own, and left where they do not."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
 
 from components.config import BaseModelConfig
 from components.families import autoencoders
@@ -25,17 +23,6 @@ def encoder() -> GaussianEncoder:
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def test_kernels_on_a_cpu_have_their_channels_last_and_the_latents_are_those_of_diffusers(
-    encoder: GaussianEncoder, pixels: torch.Tensor
-):
-    kernels = [module.weight for module in encoder.vae.encoder.modules() if isinstance(module, nn.Conv2d)]
-    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
-    with torch.inference_mode():
-        theirs = AutoencoderKL.from_pretrained(EMBEDDED, subfolder="vae").eval().encode(pixels).latent_dist
-    for name, ours in encoder.encode(pixels).items():
-        torch.testing.assert_close(ours, getattr(theirs, name), rtol=1e-4, atol=1e-4)
 
 
 def test_latents_in_bfloat16_are_those_in_float32_to_a_fiftieth_of_their_spread(
