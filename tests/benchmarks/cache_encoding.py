@@ -43,7 +43,7 @@ from components.latents.reading import ShardReader
 from components.latents.wording import Wording
 from components.stages import Bench, Product, ensure
 from components.workspace import Workspace
-from tests.benchmarks.paired import Run
+from tests.benchmarks.paired import Run, cpu_seconds
 
 
 class Clock:
@@ -54,10 +54,10 @@ class Clock:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        wall, cpu = time.monotonic(), sum(os.times()[:4])
+        wall, cpu = time.monotonic(), cpu_seconds()
         yield
         self.facts |= {
-            f"{part}_cpu_s": round(sum(os.times()[:4]) - cpu, 3),
+            f"{part}_cpu_s": round(cpu_seconds() - cpu, 3),
             f"{part}_wall_s": round(time.monotonic() - wall, 3),
         }
 

@@ -6,7 +6,6 @@ Prints what it took as JSON: seconds of wall and of CPU (all of its processes), 
 import argparse
 import json
 import re
-import resource
 import threading
 import time
 from contextlib import suppress
@@ -19,15 +18,15 @@ from components.config import CurationConfig, DataConfig, DataSource
 from components.curation.snapshots import curate, curate_key
 from components.stages import Bench
 from components.workspace import Workspace
+from tests.benchmarks.paired import cpu_seconds
 
 SAMPLE_S = 1.0
 HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
 
 
-def cpu_seconds() -> float:
-    """Of this process and its children, those that have ended too."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    total = sum(one.ru_utime + one.ru_stime for one in used)
+def cpu_seconds_so_far() -> float:
+    """Of this process and its children, those that still run too."""
+    total = cpu_seconds()
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             times = child.cpu_times()
@@ -71,19 +70,19 @@ def main() -> None:
     bench = Bench.open(Workspace(asked.home))
     bench.catalog.migrate()
     data, curation, memory = DataConfig(sources=(DataSource(path=asked.folder),)), CurationConfig(), Memory()
-    at: list[tuple[float, float]] = [(time.monotonic(), cpu_seconds())]
+    at: list[tuple[float, float]] = [(time.monotonic(), cpu_seconds_so_far())]
     examined_at: list[tuple[float, float]] = []
     key, found = curate_key(bench, data, curation, dataset="bench", training_size=asked.size)
-    at.append((time.monotonic(), cpu_seconds()))
+    at.append((time.monotonic(), cpu_seconds_so_far()))
     told: dict[str, Any] = {"files": len(found.files), "hashed": found.hashed}
     if not asked.scan:
         def progress(done: int, total: int) -> None:
             if done == total:
-                examined_at[:] = [(time.monotonic(), cpu_seconds())]
+                examined_at[:] = [(time.monotonic(), cpu_seconds_so_far())]
 
         product = curate(bench, data, curation, dataset="bench", training_size=asked.size, scanned=found, key=key,
                          on_progress=progress)
-        at += [*examined_at, (time.monotonic(), cpu_seconds())]
+        at += [*examined_at, (time.monotonic(), cpu_seconds_so_far())]
         told |= {name: product.facts[name] for name in ("kept", "rejected", "examined")}
     for name, before, after in zip(("scan", "examine", "judge"), at, at[1:], strict=False):
         told[name] = {"wall": after[0] - before[0], "cpu": after[1] - before[1]}
