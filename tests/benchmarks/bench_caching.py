@@ -31,7 +31,7 @@ ROUNDS = int(os.environ.get("BENCH_ROUNDS", "5"))
 PICTURES = int(os.environ.get("BENCH_PICTURES", "1000"))
 CHANGED = max(1, PICTURES // 100)
 WARM_PASSAGES = 5  # of which the median counts: ours takes a tenth of a second, and one alone says little
-TOLERANCE = 2**-10  # between latents, of their size or of 1: a step of float16, as which both are stored
+TOLERANCE = 1e-3  # between latents, of which the largest are about 4; both are stored in float16
 WHOLE = ("find", "captions", "encode")  # of a passage; theirs has no captions
 AT_LEAST = {  # theirs over ours, each in one process with all cores: what is compared, in which time, how often
     "cold": (("encode",), "wall_s", 1.2),  # both compute the same; ours decodes meanwhile
@@ -88,7 +88,7 @@ def passages(folder: Path, side: str, size: int, processes: int) -> Run:
 
 
 def distance(folder: Path, size: int) -> float:
-    """The largest difference of a number of our latents and theirs, of its size, or of 1 where it is smaller."""
+    """The largest difference of a number of our latents and theirs."""
     pairs = [
         (
             load_file(folder / f"ours-{size}-{name}.safetensors"),
@@ -96,12 +96,11 @@ def distance(folder: Path, size: int) -> float:
         )
         for name in AT_LEAST
     ]
-    return max(apart(ours[part], theirs[part]) for ours, theirs in pairs for part in ours)
-
-
-def apart(ours: NDArray[np.float16], theirs: NDArray[np.float16]) -> float:
-    of = theirs.astype(np.float32)
-    return float((np.abs(ours.astype(np.float32) - of) / np.maximum(np.abs(of), 1)).max())
+    return max(
+        float(np.abs(ours[part].astype(np.float32) - theirs[part].astype(np.float32)).max())
+        for ours, theirs in pairs
+        for part in ours
+    )
 
 
 @pytest.mark.parametrize(("size", "processes"), [(128, 1), (128, 2)])
@@ -124,9 +123,9 @@ def test_the_cache_beside_datasets_map(size: int, processes: int):
             print(f"    {part}, CPU s: {spent}")
         for some, time in ((("encode",), "cpu_s"), (("encode",), "wall_s"), (WHOLE, "cpu_s"), (WHOLE, "wall_s")):
             print(f"    {'+'.join(some)} {time}, theirs / ours: {ratio(runs, name, some, time)}")
-    difference = distance(folder, size)
-    print(f"  latents differ by {difference:.2g}")
-    assert difference <= TOLERANCE
+    apart = distance(folder, size)
+    print(f"  latents differ by {apart:.2g}")
+    assert apart <= TOLERANCE
     if processes == 1 and ROUNDS >= ENOUGH:
         for name, (parts, clock, least) in AT_LEAST.items():
             assert ratio(runs, name, parts, clock).value >= least, name
